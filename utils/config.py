@@ -1,0 +1,240 @@
+"""The settings of each script: one field = one flag, one line of help, one check. No torch, so that --help answers at once."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.errors import UserError
+from utils.files import ROOT, did_you_mean, find_file, read_yaml
+
+Config = TypeVar("Config")
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda v: v > 0, "must be above 0")
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be 0 or more")
+UNIT: Check = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
+BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the largest that fits in memory")
+SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequence[str] = (), **argparse_args: Any) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": text, "check": check, "aliases": aliases, "argparse": argparse_args})
+
+
+@dataclass(frozen=True)
+class Common:
+    device: str = option("", "cpu, or a CUDA device's number; the first CUDA device, else the CPU, if left out")
+    precision: str = option("auto", "auto: bf16 or fp16 where the device has it natively, else fp32", choices=PRECISIONS)
+    name: str = option("exp", "this run's folder inside --project; a number is added if it exists")
+    exist_ok: bool = option(False, "write into an existing run folder")
+    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data: str = option("shapes.yaml", "data YAML, found as given or in data/")
+    data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
+    download: bool = option(False, "fetch a missing data set from the URLs in its YAML")
+    workers: int = option(8, "loader processes, at most one for each core; 0 loads in the training process", check=NOT_NEGATIVE)
+    single_cls: bool = option(False, "treat all classes as one")
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataOptions, Common):
+    cfg: str = option("", "model YAML, found as given, in models/ or in models/hub/")
+    weights: str = option("", "start from these weights (.pt of ours or of YOLOv5)")
+    hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
+    epochs: int = option(100, "passes over the training images", check=POSITIVE)
+    batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))
+    imgsz: int = option(640, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    rect: bool = option(False, "rectangular batches of like aspect ratio, no mosaic")
+    resume: str = option("", "go on with an interrupted run: its last.pt, or the newest under --project", nargs="?", const="newest", metavar="last.pt")
+    nosave: bool = option(False, "keep last.pt only, no best.pt until the end")
+    noval: bool = option(False, "validate after the last epoch only")
+    noautoanchor: bool = option(False, "keep the YAML's anchors whatever their recall")
+    noplots: bool = option(False, "write no pictures")
+    cache: str = option("auto", "keep decoded images: in ram, on disk, auto (as many as fit in half of the free memory) or none",
+                        nargs="?", const="ram", choices=("auto", "ram", "disk", "none"))
+    image_weights: bool = option(False, "draw images more often where their classes score low")
+    multi_scale: bool = option(False, "vary the image size by up to 50 %% from batch to batch")
+    optimizer: str = option("SGD", "optimizer", choices=("SGD", "Adam", "AdamW"))
+    sync_bn: bool = option(False, "batch norm over all processes (torchrun, CUDA)")
+    project: str = option("runs/train", "folder of runs")
+    cos_lr: bool = option(False, "cosine instead of linear learning-rate schedule")
+    label_smoothing: float = option(0.0, "label smoothing epsilon", check=UNIT)
+    patience: int = option(100, "stop after this many epochs without a better fitness; 0 never stops early", check=NOT_NEGATIVE)
+    freeze: tuple[int, ...] = option((0,), "rows to freeze: a number N freezes the first N rows, several name the rows", nargs="+", type=int)
+    save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=(lambda v: v == -1 or v > 0, "must be above 0, or -1 for never"))
+    seed: int = option(0, "seed of everything random", check=NOT_NEGATIVE)
+    time_limit: float = option(0.0, "stop after the epoch in which this many minutes have passed; 0 sets no limit", check=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class ValConfig(DataOptions, Common):
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    batch_size: int = option(32, "images a batch", check=POSITIVE, aliases=("--batch",))
+    imgsz: int = option(640, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    conf_thres: float = option(0.001, "least confidence", check=UNIT, aliases=("--conf",))
+    iou_thres: float = option(0.6, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
+    max_det: int = option(300, "most boxes an image", check=POSITIVE)
+    task: str = option("val", "which split to score; speed times the network on the val split", choices=("train", "val", "test", "speed"))
+    augment: bool = option(False, "test-time augmentation: three scales, one flipped")
+    half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
+    verbose: bool = option(False, "a row for each class")
+    save_txt: bool = option(False, "write labels/NAME.txt for each image")
+    save_conf: bool = option(False, "with --save-txt: a confidence at the end of each line")
+    save_json: bool = option(False, "write predictions.json in COCO's form")
+    noplots: bool = option(False, "write no pictures")
+    project: str = option("runs/val", "folder of runs")
+
+
+@dataclass(frozen=True)
+class DetectConfig(Common):
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    source: str = option("", "image, folder, glob, list file, video, webcam number or stream URL", required=True)
+    imgsz: tuple[int, ...] = option((640,), "image size, pixels: one number, or height and width", nargs="+", type=int,
+                                    check=(lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels"),
+                                    aliases=("--img", "--img-size"))
+    conf_thres: float = option(0.25, "least confidence", check=UNIT, aliases=("--conf",))
+    iou_thres: float = option(0.45, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
+    max_det: int = option(1000, "most boxes an image", check=POSITIVE)
+    classes: tuple[int, ...] | None = option(None, "keep these class numbers only", nargs="+", type=int)
+    agnostic_nms: bool = option(False, "boxes suppress each other across classes")
+    augment: bool = option(False, "test-time augmentation: three scales, one flipped")
+    half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
+    save_txt: bool = option(False, "write labels/NAME.txt for each image")
+    save_conf: bool = option(False, "with --save-txt: a confidence at the end of each line")
+    save_csv: bool = option(False, "write predictions.csv")
+    save_crop: bool = option(False, "write each box's crop to crops/CLASS/")
+    nosave: bool = option(False, "write no annotated images or videos")
+    view_img: bool = option(False, "show results in a window")
+    vid_stride: int = option(1, "take every n-th frame of a video", check=POSITIVE)
+    line_thickness: int = option(0, "box line width, pixels; 0 fits it to the image", check=NOT_NEGATIVE)
+    hide_labels: bool = option(False, "draw boxes without labels")
+    hide_conf: bool = option(False, "draw labels without confidences")
+    project: str = option("runs/detect", "folder of runs")
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+    """Command line -> checked settings.
+
+    Raises:
+        UserError: a value out of its range. SystemExit(2): what argparse refuses.
+    """
+    return cls(**parse_given(cls, argv, description))
+
+
+def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+    """Only the settings that the command line names, checked; raises as `parse`."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(cls):
+        flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
+        arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]
+        if f.default is False:
+            arguments["action"] = "store_true"
+        else:
+            arguments.setdefault("type", type(f.default))
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            arguments["help"] += f" (default: {shown})" if shown not in ("", None) else ""
+        parser.add_argument(*flags, **arguments)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            _check(f, values[f.name], f"--{f.name.replace('_', '-')}")
+    return values
+
+
+def _check(f: dataclasses.Field, value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{place} {value}: must be a finite number")
+    check = f.metadata.get("check")
+    if check and not check[0](value):
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise UserError(f"{place} {shown}: {check[1]}")
+
+
+def worker_count(asked: int) -> int:
+    """Loader processes to start: what was asked, at most one for each core, none on a single core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(asked, cores if cores > 1 else 0)
+
+
+def hyper(default: float, text: str, check: Check) -> Any:
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+@dataclass(frozen=True)
+class Hyp:
+    """Hyperparameters, by the names that YOLOv5's hyp files use."""
+
+    lr0: float = hyper(0.01, "first learning rate", POSITIVE)
+    lrf: float = hyper(0.01, "last learning rate as a share of lr0", UNIT)
+    momentum: float = hyper(0.937, "SGD momentum, Adam beta1", UNIT)
+    weight_decay: float = hyper(0.0005, "on weights only", NOT_NEGATIVE)
+    warmup_epochs: float = hyper(3.0, "epochs of warm-up, at least 100 steps", NOT_NEGATIVE)
+    warmup_momentum: float = hyper(0.8, "momentum at the first step", UNIT)
+    warmup_bias_lr: float = hyper(0.1, "bias learning rate at the first step", NOT_NEGATIVE)
+    box: float = hyper(0.05, "gain of the box loss", NOT_NEGATIVE)
+    cls: float = hyper(0.5, "gain of the class loss", NOT_NEGATIVE)
+    cls_pw: float = hyper(1.0, "positive weight of the class loss", POSITIVE)
+    obj: float = hyper(1.0, "gain of the objectness loss", NOT_NEGATIVE)
+    obj_pw: float = hyper(1.0, "positive weight of the objectness loss", POSITIVE)
+    anchor_t: float = hyper(4.0, "largest ratio of box to anchor side", (lambda v: v > 1, "must be above 1"))
+    hsv_h: float = hyper(0.015, "hue shift, share of the circle", UNIT)
+    hsv_s: float = hyper(0.7, "saturation change, share", UNIT)
+    hsv_v: float = hyper(0.4, "brightness change, share", UNIT)
+    degrees: float = hyper(0.0, "rotation, +/- degrees", (lambda v: 0 <= v <= 180, "must be between 0 and 180"))
+    translate: float = hyper(0.1, "shift, +/- share of the image", UNIT)
+    scale: float = hyper(0.5, "zoom, +/- share", (lambda v: 0 <= v < 1, "must be at least 0 and below 1"))
+    shear: float = hyper(0.0, "shear, +/- degrees", (lambda v: 0 <= v < 90, "must be at least 0 and below 90"))
+    perspective: float = hyper(0.0, "perspective, +/- share", (lambda v: 0 <= v <= 0.001, "must be between 0 and 0.001"))
+    flipud: float = hyper(0.0, "probability of an up-down flip", UNIT)
+    fliplr: float = hyper(0.5, "probability of a left-right flip", UNIT)
+    mosaic: float = hyper(1.0, "probability of a mosaic of four images", UNIT)
+    mixup: float = hyper(0.0, "probability of mixing two mosaics", UNIT)
+
+
+_NEUTRAL_HYPS = {"fl_gamma": 0.0, "copy_paste": 0.0}  # of YOLOv5's files: fine at the value that switches them off
+_UNUSED_HYPS = {"iou_t", "anchors"}  # in YOLOv5's files too, where nothing reads them in training
+
+
+def load_hyp(name: str) -> Hyp:
+    """A hyperparameter YAML; keys left out keep the defaults above.
+
+    Raises:
+        UserError: unknown key (nearest names given), not a number or out of range.
+    """
+    path = find_file(name, (ROOT / "data" / "hyps", ROOT / "data"), "hyperparameter YAML")
+    return hyp_from_dict(read_yaml(path), path.name)
+
+
+def hyp_from_dict(content: dict[str, Any], origin: str) -> Hyp:
+    fields = {f.name: f for f in dataclasses.fields(Hyp)}
+    values = {}
+    for key, value in content.items():
+        if key in _UNUSED_HYPS or (key in _NEUTRAL_HYPS and value == _NEUTRAL_HYPS[key]):
+            continue
+        if key not in fields:
+            hint = f"only {_NEUTRAL_HYPS[key]} is supported" if key in _NEUTRAL_HYPS else f"unknown key{did_you_mean(key, fields)}"
+            raise UserError(f"{origin}: {key}: {hint}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{origin}: {key}: must be a number, found {value!r}")
+        _check(fields[key], float(value), f"{origin}: {key}")
+        values[key] = float(value)
+    return Hyp(**values)
+
+
+def newest_last(project: str) -> Path:
+    """The newest last.pt below a folder of runs."""
+    found = sorted(Path(project).glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: no weights/last.pt below {project}; name one: --resume runs/train/exp/weights/last.pt")
+    return found[-1]

@@ -1,0 +1,48 @@
+"""A user's mistake: one line on stderr and exit code 2, never a traceback."""
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+USER_ERROR = 2
+_DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that names the file, the place and the mend."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """Make `main(argv)` return 2, with one line on stderr, for mistakes, unwritable folders, memory and Ctrl-C."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            line = str(error)
+        except KeyboardInterrupt:
+            line = "interrupted: what was finished is whole on disk; a training goes on with --resume"
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            line = f"{error.filename or 'output'}: {error.strerror}: choose a folder with room that you may write to"
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            line = "out of memory: lower --batch-size or --imgsz (--batch-size -1 finds the largest batch that fits)"
+        print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+    return guarded
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch reports both devices' shortage as a RuntimeError; only the CUDA one has a class of its own."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
