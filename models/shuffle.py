@@ -1,0 +1,83 @@
+"""ShuffleNetV2 and light-head blocks (Ma et al., ShuffleNet V2, ECCV 2018; guidelines G1-G4). YAML names are lower case as users' files have them."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import same_padding
+from models.registry import register, to_width
+
+
+def shuffle_join(a: Tensor, b: Tensor) -> Tensor:
+    """Concatenation and channel shuffle with 2 groups in one copy: a[0], b[0], a[1], b[1] … (B, C, H, W) twice -> (B, 2C, H, W).
+
+    The layout stays `b`'s: `torch.channel_shuffle` of a concatenation takes three times as long with channels last.
+    """
+    if b.is_contiguous(memory_format=torch.channels_last):
+        pairs = torch.stack((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), -1)  # (B, H, W, C, 2)
+        return pairs.flatten(3).permute(0, 3, 1, 2)
+    return torch.stack((a, b), 2).flatten(1, 2)
+
+
+@register("conv_bn_relu_maxpool", channels=to_width)
+class conv_bn_relu_maxpool(nn.Module):
+    """ShuffleNetV2's stem. (B, c1, H, W) -> (B, c2, H/4, W/4)."""
+
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(c1, c2, 3, 2, 1, bias=False), nn.BatchNorm2d(c2), nn.ReLU(inplace=True))
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.conv(x))
+
+
+@register("Shuffle_Block", channels=to_width)
+class Shuffle_Block(nn.Module):
+    """ShuffleNetV2's unit (figure 3 c and d). (B, c1, H, W) -> (B, c2, H/stride, W/stride).
+
+    Stride 1 keeps half of the channels as they are and convolves the other half; stride 2 convolves all of them in both branches.
+
+    Raises:
+        ValueError: an odd c2, a stride other than 1 and 2, or stride 1 with c1 != c2.
+    """
+
+    def __init__(self, c1: int, c2: int, stride: int = 1) -> None:
+        super().__init__()
+        if stride not in (1, 2) or c2 % 2 or (stride == 1 and c1 != c2):
+            raise ValueError(f"Shuffle_Block needs stride 1 with equal widths or stride 2, and even widths: got {c1} -> {c2}, stride {stride}")
+        half = c2 // 2
+        self.stride = stride
+        if stride == 2:
+            self.branch1 = nn.Sequential(*_depthwise(c1, 3, 2), *_pointwise(c1, half))
+        self.branch2 = nn.Sequential(*_pointwise(c1 if stride == 2 else half, half), *_depthwise(half, 3, stride), *_pointwise(half, half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 2:
+            return shuffle_join(self.branch1(x), self.branch2(x))
+        kept, worked = x.chunk(2, 1)
+        return shuffle_join(kept, self.branch2(worked))
+
+
+def _depthwise(channels: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, channels, kernel, stride, same_padding(kernel), groups=channels, bias=False), nn.BatchNorm2d(channels)
+
+
+def _pointwise(c1: int, c2: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(c1, c2, 1, bias=False), nn.BatchNorm2d(c2), nn.ReLU(inplace=True)
+
+
+@register("DWConvblock", channels=to_width)
+class DWConvblock(nn.Module):
+    """Depthwise k x k, then 1x1, each with batch norm and ReLU. (B, c1, H, W) -> (B, c2, H/s, W/s)."""
+
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _depthwise(c1, k, s)
+        self.conv2 = nn.Conv2d(c1, c2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c2)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(x)))

@@ -1,0 +1,164 @@
+"""A network as data: YAML rows -> frozen ModelSpec. Literals only: nothing in the file is evaluated, and no torch is needed."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import ROOT, did_you_mean, find_file, read_yaml
+
+IMAGE = -1  # the source row that stands for the input image
+_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head")
+_IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
+_WORDS = {"None": None, "none": None, "null": None, "True": True, "False": False}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One row `[from, number, module, args]`."""
+
+    row: int
+    source: int | tuple[int, ...]  # absolute rows; IMAGE for the input. A list in the YAML stays a tuple
+    repeats: int  # depth-scaled
+    module: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]  # from a mapping at the end of args
+    place: str  # "yolov5s.yaml: row 12 (head 3)", for messages
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return self.source if isinstance(self.source, tuple) else (self.source,)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A network's rows and settings; `to_dict` gives the YAML's own shape back."""
+
+    origin: str
+    nc: int
+    depth_multiple: float
+    width_multiple: float
+    anchors: int | tuple[tuple[float, ...], ...]  # anchors a level, or a row (w, h, w, h, …) in pixels for each level
+    activation: str | None
+    layers: tuple[LayerSpec, ...]
+    rows: tuple[tuple[list[Any], ...], tuple[list[Any], ...]]  # backbone and head as written
+
+    def to_dict(self) -> dict[str, Any]:
+        anchors = self.anchors if isinstance(self.anchors, int) else [list(level) for level in self.anchors]
+        settings = {"nc": self.nc, "depth_multiple": self.depth_multiple, "width_multiple": self.width_multiple, "anchors": anchors}
+        if self.activation:
+            settings["activation"] = self.activation
+        return settings | {"backbone": [list(row) for row in self.rows[0]], "head": [list(row) for row in self.rows[1]]}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], origin: str, nc: int | None = None) -> ModelSpec:
+        """Check a YAML-shaped mapping; `nc` overrides the file's class count.
+
+        Raises:
+            UserError: one line that names `origin`, the row and the likely mend.
+        """
+        for key in content:
+            if key not in _KEYS + _IGNORED_KEYS:
+                raise UserError(f"{origin}: unknown key {key}{did_you_mean(key, _KEYS)}")
+        for key in ("backbone", "head"):
+            if not isinstance(content.get(key), list) or not content[key]:
+                raise UserError(f"{origin}: '{key}:' needs a list of rows [from, number, module, args]")
+        classes = nc if nc is not None else _number(content.get("nc", 80), "nc", origin, whole=True)
+        depth = _number(content.get("depth_multiple", 1.0), "depth_multiple", origin)
+        width = _number(content.get("width_multiple", 1.0), "width_multiple", origin)
+        anchors = _anchors(content.get("anchors"), origin)
+        act = content.get("activation")
+        if act is not None and not isinstance(act, str):
+            raise UserError(f"{origin}: activation must be a name such as nn.LeakyReLU(0.1), found {act!r}")
+        rows = tuple(content["backbone"]), tuple(content["head"])
+        words = _WORDS | {"nc": classes, "anchors": anchors}
+        layers = []
+        for part, part_rows in zip(("backbone", "head"), rows, strict=True):
+            for n, row in enumerate(part_rows):
+                layers.append(_layer(row, len(layers), f"{origin}: row {len(layers)} ({part} {n})", depth, words))
+        _check_detect(layers, anchors, origin)
+        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows)
+
+
+def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
+    """The network of a YAML file, found as given, in models/ or in models/hub/."""
+    path = find_file(name, (ROOT / "models", ROOT / "models" / "hub"), "model YAML")
+    return ModelSpec.from_dict(read_yaml(path), path.name, nc)
+
+
+def _layer(row: Any, index: int, place: str, depth: float, words: Mapping[str, Any]) -> LayerSpec:
+    if not isinstance(row, list) or len(row) != 4:
+        raise UserError(f"{place}: expected [from, number, module, args], found {row!r}")
+    source, number, module, args = row
+    if not isinstance(module, str):
+        raise UserError(f"{place}: the module must be a name, found {module!r}")
+    place = f"{place} {module}"
+    number = _number(number, "number", place, whole=True)
+    if not isinstance(args, list):
+        raise UserError(f"{place}: args must be a list, found {args!r}")
+    args = [_resolve(arg, words) for arg in args]
+    kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
+    if any(not isinstance(key, str) for key in kwargs):
+        raise UserError(f"{place}: the mapping at the end of args needs names as keys, found {kwargs!r}")
+    repeats = max(round(number * depth), 1) if number > 1 else number
+    return LayerSpec(index, _source(source, index, place), repeats, module, tuple(args), kwargs, place)
+
+
+def _source(source: Any, index: int, place: str) -> int | tuple[int, ...]:
+    if isinstance(source, list):
+        if not source:
+            raise UserError(f"{place}: 'from' is an empty list; name the rows it takes")
+        return tuple(_absolute(item, index, place) for item in source)
+    return _absolute(source, index, place)
+
+
+def _absolute(source: Any, index: int, place: str) -> int:
+    if not isinstance(source, int) or isinstance(source, bool):
+        raise UserError(f"{place}: 'from' must be a row number or -1 for the row before, found {source!r}")
+    absolute = source + index if source < 0 else source
+    if absolute >= index:
+        raise UserError(f"{place}: 'from' {source} points at itself or forward; a row takes rows 0 to {index - 1} (-1 is the row before)")
+    if absolute < IMAGE or (absolute == IMAGE and index > 0 and source < -index - 1):
+        raise UserError(f"{place}: 'from' {source} reaches before the first row; at row {index} the least is {-index - 1} (the image)")
+    return absolute
+
+
+def _resolve(arg: Any, words: Mapping[str, Any]) -> Any:
+    """Words that stand for values (None, nc, anchors) from a fixed table; all else as it is."""
+    if isinstance(arg, list):
+        return [_resolve(item, words) for item in arg]
+    if isinstance(arg, dict):
+        return {key: _resolve(value, words) for key, value in arg.items()}
+    return words.get(arg, arg) if isinstance(arg, str) else arg
+
+
+def _number(value: Any, what: str, place: str, whole: bool = False) -> Any:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e6:
+        raise UserError(f"{place}: {what} must be a positive {'whole ' if whole else ''}number, found {value!r} (expressions are not evaluated)")
+    return value
+
+
+def _anchors(anchors: Any, origin: str) -> int | tuple[tuple[float, ...], ...]:
+    if anchors is None:
+        raise UserError(f"{origin}: 'anchors:' is missing; give a row of w,h pairs in pixels for each level, or their number (anchors: 3)")
+    if isinstance(anchors, int):
+        return _number(anchors, "anchors", origin, whole=True)
+    if not isinstance(anchors, list | tuple) or not anchors:
+        raise UserError(f"{origin}: anchors must be rows of w,h pairs or a whole number, found {anchors!r}")
+    for n, level in enumerate(anchors):
+        if not isinstance(level, list | tuple) or not level or len(level) % 2 or len(level) != len(anchors[0]):
+            raise UserError(f"{origin}: anchors row {n}: expected w,h pairs, equally many in each row, found {level!r}")
+        for value in level:
+            _number(value, f"anchors row {n}", origin)
+    return tuple(tuple(level) for level in anchors)
+
+
+def _check_detect(layers: list[LayerSpec], anchors: int | tuple[tuple[float, ...], ...], origin: str) -> None:
+    last = layers[-1]
+    if last.module != "Detect":
+        raise UserError(f"{origin}: the last row must be Detect, e.g. [[17, 20, 23], 1, Detect, [nc, anchors]]; found {last.module}")
+    if not isinstance(anchors, int) and len(anchors) != len(last.sources):
+        raise UserError(f"{last.place}: {len(last.sources)} levels but {len(anchors)} rows of anchors; give one row for each level")

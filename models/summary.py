@@ -1,0 +1,131 @@
+"""What a network is and costs: the table of its rows, counted parameters and GFLOPs, measured latency and memory.
+
+    python -m models.summary --cfg yolov5s-ghost.yaml --imgsz 640
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import thop
+import torch
+from torch import Tensor, nn
+
+from models.plugin import load_plugin
+from models.spec import load_spec
+from models.yolo import DetectionModel
+from utils.device import autocast, compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
+from utils.errors import script
+from utils.log import info
+
+_TIMED_RUNS = 7
+_TIME_LIMIT_S = 4.0
+
+
+class Cost(NamedTuple):
+    """Of one network at one image size."""
+
+    layers: int  # leaf modules
+    parameters: int
+    gradients: int  # parameters that train
+    gflops: float  # 2 x MACs of one image
+    latency_ms: float | None  # median of one fused image, None if not measured
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_gflops(model: nn.Module, imgsz: int = 640) -> float:
+    """2 x multiply-accumulates of one (imgsz x imgsz) image, in units of 1e9, by thop; nothing is computed, only shapes."""
+    shapes_only = copy.deepcopy(model).to("meta").eval()
+    macs, _ = thop.profile(shapes_only, inputs=(torch.empty(1, 3, imgsz, imgsz, device="meta"),), custom_ops=_COUNTERS, verbose=False)
+    return 2 * float(macs) / 1e9
+
+
+def _count_conv(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """thop's own rule leaves the bias out."""
+    taps = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+    module.total_ops += output.numel() * (taps + (module.bias is not None))
+
+
+def _count_attention(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """Four projections, queries x keys, weights x values: thop has no rule for them."""
+    batch, tokens, channels = inputs[0].shape
+    module.total_ops += batch * (4 * tokens * channels**2 + 2 * tokens**2 * channels)
+
+
+_COUNTERS = {nn.Conv2d: _count_conv, nn.MultiheadAttention: _count_attention}
+
+
+@torch.inference_mode()
+def measure_latency_ms(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Median over a few forward passes of one image through the fused network, channels last, after a warm-up."""
+    network = model.fused().to(device, memory_format=torch.channels_last)
+    image = torch.full((1, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+    times, start = [], time.perf_counter()
+    with autocast(device, dtype):
+        for _ in range(_TIMED_RUNS + 2):
+            began = time.perf_counter()
+            network(image)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+            if time.perf_counter() - start > _TIME_LIMIT_S:
+                break
+    timed = sorted(times[2:] or times)
+    return timed[len(timed) // 2] * 1e3
+
+
+def measure_cost(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype) -> Cost:
+    leaves = sum(1 for module in model.modules() if not any(module.children()))
+    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Cost(leaves, count_parameters(model), gradients, count_gflops(model, imgsz), measure_latency_ms(model, imgsz, device, dtype))
+
+
+def layer_table(model: DetectionModel) -> str:
+    """A line for each row: its number, sources, repeats, parameters, block and arguments as built."""
+    lines = [f"{'row':>4}  {'from':>12}  {'n':>2}  {'params':>10}  {'module':<22}  arguments"]
+    for layer, module in zip(model.spec.layers, model.model, strict=True):
+        source = str(list(layer.source)) if isinstance(layer.source, tuple) else str(layer.source)
+        arguments = [*layer.args, *(f"{key}={value}" for key, value in layer.kwargs.items())]
+        shown = ", ".join(map(str, arguments))
+        lines.append(f"{layer.row:>4}  {source:>12}  {layer.repeats:>2}  {count_parameters(module):>10,}  "
+                     f"{layer.module:<22}  {shown[:70]}")
+    return "\n".join(lines)
+
+
+def print_summary(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype, table: bool = True) -> Cost:
+    """Print the table and the totals, with where and how the latency was measured."""
+    if table:
+        info(layer_table(model))
+    cost = measure_cost(model, imgsz, device, dtype)
+    info(f"{model.spec.origin}: {cost.layers} layers, {cost.parameters:,} parameters, {cost.gradients:,} trained, {cost.gflops:.1f} GFLOPs at {imgsz} px, "
+         f"{cost.latency_ms:.1f} ms an image, peak memory {peak_memory_bytes(device) / 2**30:.2f} GB")
+    info(f"  measured fused, batch 1, on {describe(device, dtype)}")
+    return cost
+
+
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Print a network's rows and what it costs on this machine.")
+    parser.add_argument("--cfg", required=True, help="model YAML, found as given, in models/ or in models/hub/")
+    parser.add_argument("--imgsz", type=int, default=640, help="image size, pixels (default: 640)")
+    parser.add_argument("--device", default="", help="cpu or a CUDA device's number")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--plugin", default="", help="a Python file of your own blocks")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    load_plugin(args.plugin)
+    device = select_device(args.device)
+    model = DetectionModel(load_spec(args.cfg)).to(device)
+    print_summary(model, args.imgsz, device, compute_dtype(args.precision, device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
