@@ -91,6 +91,5 @@ def centre_in(size: tuple[int, int], scaled: tuple[int, int], target: tuple[int,
 
 
 def scaled_to(size: tuple[int, int], longer_side: int) -> tuple[int, int]:
-    """`size` (width, height) with its longer side brought to `longer_side` and its aspect kept, in whole pixels."""
-    gain = longer_side / max(size)
-    return max(round(size[0] * gain), 1), max(round(size[1] * gain), 1)
+    """`size` (width, height) with its longer side brought to `longer_side` and its aspect kept, rounded up to whole pixels."""
+    return -(-size[0] * longer_side // max(size)), -(-size[1] * longer_side // max(size))

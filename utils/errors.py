@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,6 +29,9 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
             line = str(error)
         except KeyboardInterrupt:
             line = "interrupted: what was finished is whole on disk; a training goes on with --resume"
+        except BrokenPipeError:  # `… | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
