@@ -1,0 +1,70 @@
+"""Decoded images at training size in one shared block of memory or disk: filled as they are first read, never copied for a worker."""
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+CacheMode = Literal["auto", "ram", "disk", "none"]
+
+
+class ImageCache:
+    """Slots for (H, W, 3) uint8 images of known sizes.
+
+    Loader workers are forked, so that they share the block with their parent. Two that fill one slot at a time write the same bytes.
+    """
+
+    def __init__(self, sizes: np.ndarray, mode: CacheMode, budget_bytes: int, folder: Path | None = None) -> None:
+        """
+        Args:
+            sizes: (N, 2) width, height of each image as it will be stored.
+            mode: auto takes as many images as the budget holds; ram and disk take all.
+            budget_bytes: for auto.
+            folder: of the disk file; the system's temporary folder if None.
+        """
+        self._sizes = sizes
+        lengths = sizes.astype(np.int64).prod(1) * 3
+        ends = lengths.cumsum()
+        self.capacity = 0 if mode == "none" else int((ends <= budget_bytes).sum()) if mode == "auto" else len(sizes)
+        self._starts = ends - lengths
+        total = int(ends[self.capacity - 1]) if self.capacity else 0
+        self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
+        self._pixels = _block(total, on_disk=mode == "disk" or "fork" not in multiprocessing.get_all_start_methods(), folder=folder)
+
+    @property
+    def bytes(self) -> int:
+        return self._pixels.nbytes
+
+    def get(self, index: int, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """The stored image (don't write to it), or `read()`, stored if there is a slot for it."""
+        if index >= self.capacity:
+            return read()
+        width, height = self._sizes[index]
+        start = self._starts[index]
+        slot = self._pixels[start : start + int(width) * int(height) * 3].reshape(height, width, 3)
+        if not self._filled[index]:
+            slot[:] = read()
+            self._filled[index] = 1
+        return slot
+
+
+def _block(size: int, on_disk: bool, folder: Path | None) -> np.ndarray:
+    if not on_disk:
+        return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    with tempfile.TemporaryFile(dir=folder) as file:  # has no name: gone with the last process that maps it
+        file.truncate(max(size, 1))
+        return np.frombuffer(mmap.mmap(file.fileno(), max(size, 1)), np.uint8)
+
+
+def free_memory_bytes() -> int:
+    """What the system can give without swapping; 0 where it does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0

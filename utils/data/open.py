@@ -1,0 +1,38 @@
+"""From a script's data options to verified splits."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import DataLoader
+
+from utils.config import DataOptions, worker_count
+from utils.data.dataset import RectDataset, rect_order, rect_targets, scaled_sizes
+from utils.data.download import download
+from utils.data.imagecache import CacheMode, ImageCache
+from utils.data.labels import Split, load_split
+from utils.data.loader import EpochBatches, make_loader
+from utils.data.spec import load_data_spec
+
+
+def open_splits(options: DataOptions, names: Sequence[str]) -> list[Split]:
+    """The named splits of `--data`, fetched first where `--download` asks for it.
+
+    Raises:
+        UserError: no such data YAML, a missing or empty set, or labels that must be mended.
+    """
+    root = options.data_root or None
+    spec = load_data_spec(options.data, root)
+    if options.download:
+        download(spec)
+        spec = load_data_spec(options.data, root)  # its root is only now to be found
+    return [load_split(spec, name, single_cls=options.single_cls) for name in names]
+
+
+def val_loader(
+    split: Split, imgsz: int, batch_size: int, stride: int, workers: int, device: torch.device, cache: CacheMode = "none", budget_bytes: int = 0
+) -> DataLoader:
+    """Rectangular batches of a split in a fixed order; see `RectDataset` and `ImageCache` for the arguments."""
+    images = ImageCache(scaled_sizes(split, imgsz), cache, budget_bytes)
+    dataset = RectDataset(split, imgsz, images, rect_targets(split, imgsz, stride, batch_size))
+    return make_loader(dataset, EpochBatches(rect_order(split), batch_size), worker_count(workers), device.type == "cuda")
