@@ -1,0 +1,69 @@
+"""Train a network named in YAML on a data set named in YAML.
+
+    python train.py --cfg yolov5s-ghost.yaml --data shapes.yaml --imgsz 256 --epochs 20
+    python train.py --weights yolov5n.pt --data my_data.yaml
+    python train.py --resume
+    torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data coco128.yaml
+"""
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from utils.config import TrainConfig, parse_given
+from utils.errors import script
+from utils.threads import wait_politely
+
+
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse_given(TrainConfig, argv, "Train a detector named in YAML.")
+    wait_politely()
+    # PyTorch and what needs it come in only now, so that --help answers at once.
+    import torch
+
+    from models.plugin import load_plugin
+    from models.summary import print_summary
+    from models.yolo import build_for_training, model_from_checkpoint
+    from utils.data.open import open_splits
+    from utils.device import compute_dtype, keep_freed_memory, select_device
+    from utils.distributed import join_world
+    from utils.log import info
+    from utils.training.anchors import adapt_anchors
+    from utils.training.fit import Training
+    from utils.training.memory import fit_batch
+    from utils.training.runs import create_folder, new_run, resumed_run
+
+    run = resumed_run(given) if "resume" in given else new_run(given)
+    config, hyp = run.config, run.hyp
+    keep_freed_memory()
+    device = select_device(config.device)
+    load_plugin(config.plugin)
+    train_split, val_split = open_splits(config, ("train", "val"))
+
+    with join_world(device) as world:
+        torch.manual_seed(config.seed)
+        if run.checkpoint:
+            model = model_from_checkpoint(run.checkpoint, config.resume)
+        else:
+            model, transfer = build_for_training(config.cfg, config.weights, train_split.names)
+            info(f"{config.weights}: {transfer}" if transfer else "weights: random")
+            config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
+            info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
+        model.to(device, memory_format=torch.channels_last)
+        batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
+        config = dataclasses.replace(config, batch_size=batch_size)
+        print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
+        folder = world.share(create_folder(run, config) if world.rank == 0 else None)
+        training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state)
+        if world.rank == 0 and not config.noplots and not run.state:
+            training.draw_data()
+        training.run()
+        if world.rank == 0:
+            training.report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

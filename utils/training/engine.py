@@ -1,0 +1,94 @@
+"""The training loop: forward, loss, backward, step, average; an epoch on one screen."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from utils.data.dataset import Batch
+from utils.device import autocast, peak_memory_bytes
+from utils.errors import UserError
+from utils.evaluate.validate import to_input
+from utils.log import is_main_process
+from utils.training.loss import DetectionLoss, Loss
+from utils.training.schedule import Step
+from utils.training.stepper import Stepper
+
+
+class EpochResult(NamedTuple):
+    loss: np.ndarray  # (3,) mean box, objectness and class loss
+    steps: int
+    settings: Step  # of the last batch
+    images_per_second: float
+
+
+def train_epoch(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    criterion: DetectionLoss,
+    stepper: Stepper,
+    settings: Callable[[int], Step],
+    resize: Callable[[int, Tensor], Tensor],
+    title: str,
+    world: int = 1,
+) -> EpochResult:
+    """One pass over the batches.
+
+    Args:
+        network: in train mode; perhaps wrapped for several processes.
+        settings: of the n-th batch of this epoch.
+        resize: of the n-th batch's images: (n, (B, 3, H, W) 0..1) -> the like (--multi-scale).
+        title: for the progress bar.
+        world: processes; gradients are averaged over them, so that each one's loss counts `world` times to keep the batch's sum.
+
+    Raises:
+        UserError: the loss is no longer finite; its parts are named.
+    """
+    device, dtype = stepper.device, stepper.dtype
+    total, seen, start = np.zeros(3), 0, time.perf_counter()
+    bar = tqdm(batches, desc=title, dynamic_ncols=True, disable=not is_main_process(), leave=True)
+    for n, batch in enumerate(bar):
+        images = resize(n, to_input(batch.images, device))
+        with autocast(device, dtype):
+            maps = network(images)
+        loss = criterion(maps, batch.targets.to(device, non_blocking=True))
+        parts = _finite_parts(loss, n)
+        step = settings(n)
+        stepper.backward(loss.total * world, step)
+        total += parts
+        seen += len(images) * world
+        rate = seen / (time.perf_counter() - start)
+        box, obj, cls = total / (n + 1)
+        bar.set_postfix_str(f"box {box:.4f} obj {obj:.4f} cls {cls:.4f} {rate:.0f} img/s {peak_memory_bytes(device) / 2**30:.2f} GB", refresh=False)
+    stepper.step()  # what is gathered belongs to this epoch: the next one starts clean, here or in a resumed run
+    return EpochResult(total / (n + 1), n + 1, step, rate)
+
+
+def _finite_parts(loss: Loss, n: int) -> np.ndarray:
+    parts = loss.parts.cpu().numpy().astype(np.float64)
+    if not np.isfinite(parts).all():
+        named = ", ".join(f"{name} {value:.4g}" for name, value in zip(Loss.NAMES, parts, strict=True))
+        raise UserError(f"the loss is not finite at batch {n} of this epoch ({named}): lower lr0 in --hyp, or try --precision fp32; last.pt holds the epoch before")
+    return parts
+
+
+def random_resize(imgsz: int, stride: int, seed: int, epoch: int) -> Callable[[int, Tensor], Tensor]:
+    """--multi-scale: the n-th batch at 0.5 to 1.5 times `imgsz`, in whole strides, the same in every process."""
+
+    def resize(n: int, images: Tensor) -> Tensor:
+        size = np.random.default_rng((seed, epoch, n, 1)).integers(imgsz // 2, imgsz * 3 // 2 + stride) // stride * stride
+        scale = max(int(size), stride) / max(images.shape[2:])
+        height, width = (max(round(side * scale / stride), 1) * stride for side in images.shape[2:])
+        return F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+
+    return resize
+
+
+def same_size(n: int, images: Tensor) -> Tensor:
+    return images

@@ -1,0 +1,243 @@
+"""A whole training: epochs, validation, checkpoints, early stop, and going on after an interruption."""
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.config import Hyp, TrainConfig, worker_count
+from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
+from utils.data.imagecache import ImageCache, free_memory_bytes
+from utils.data.labels import Split
+from utils.data.loader import EpochBatches, make_loader
+from utils.data.open import val_loader
+from utils.device import compute_dtype, peak_memory_bytes
+from utils.distributed import World
+from utils.evaluate.report import draw_data, draw_validation, score_table
+from utils.evaluate.validate import NmsOptions, ValResult, validate
+from utils.files import atomic_write
+from utils.log import info
+from utils.plots.training import plot_results
+from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
+from utils.training.ema import ModelEma
+from utils.training.loss import DetectionLoss
+from utils.training.optim import build_optimizer
+from utils.training.schedule import settings, warmup_steps
+from utils.training.state import TrainState
+from utils.training.stepper import Stepper
+from utils.training.tensorboard import Scalars
+
+_MIN_STRIDE = 32  # batches are padded to this at least, whatever the head
+
+
+class Training:
+    """Trains `model` on two splits; `run()` goes from the state's epoch to the last."""
+
+    def __init__(
+        self, model: torch.nn.Module, train_split: Split, val_split: Split, config: TrainConfig, hyp: Hyp, run_dir: Path, device: torch.device,
+        world: World = World(), state: TrainState | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a DetectionModel on `device`; see models/yolo.py.
+            config: with a whole batch size (over all processes) and an image size that the strides divide.
+            state: of the run to go on with.
+        """
+        self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run_dir, device, world
+        self.train_split, self.val_split = train_split, val_split
+        self.dtype = compute_dtype(config.precision, device)
+        self.state = state or TrainState({}, dataclasses.asdict(hyp))
+        self.state.config = dataclasses.asdict(config)
+        _freeze(model, config.freeze)
+        self._load_data()
+        self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
+        self.stepper = Stepper(model, build_optimizer(model, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
+        self.network = world.wrap(model, device)
+        self.scalars = Scalars(run_dir) if world.rank == 0 else None
+        self.result: ValResult | None = None
+        if state:
+            self._restore(state)
+
+    def run(self) -> None:
+        """Train to the last epoch, the time limit or the end of patience; last.pt is whole after each epoch."""
+        start, done = time.perf_counter(), self.state.epoch
+        while self.state.epoch < self.config.epochs:
+            epoch = self.state.epoch
+            epoch_start = time.perf_counter()
+            trained = self._train(epoch, _eta(epoch_start - start, epoch - done, self.config.epochs - epoch))
+            stop = False
+            if self.world.rank == 0:
+                self._validate(epoch)
+                self._record(epoch, trained, time.perf_counter() - epoch_start)
+                stop = self._is_over(time.perf_counter() - start)
+                self.state.finished = stop or self.state.epoch >= self.config.epochs
+                self._save()
+            stop, self.state.epoch, self.state.step, self.state.class_ap = self.world.share(
+                (stop, self.state.epoch, self.state.step, self.state.class_ap))
+            if stop:
+                break
+
+    def draw_data(self) -> None:
+        """Pictures of what the network will see."""
+        draw_data(self.run_dir, self.train_split, self.train_loader.dataset, self.config.batch_size)
+
+    def report(self) -> None:
+        """Score best.pt as it lies on disk, draw its pictures and say what to do next. In the first process only."""
+        best = self.run_dir / "weights" / "best.pt"
+        model = copy.deepcopy(self.stepper.ema.model)
+        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_checkpoint(best).state_dict.items()})
+        result = validate(model.fused(), self.val_loader, self.val_split, self.device, self.dtype)
+        if not self.config.noplots:
+            plot_results(self.run_dir / "results.csv", self.run_dir / "results.png")
+            draw_validation(self.run_dir, result, self.val_split)
+        info(f"\n{score_table(result, self.val_split, per_class=True)}\n")
+        info(f"weights:  {best} ({best.stat().st_size / 1e6:.1f} MB), and last.pt beside it to --resume from")
+        if not self.config.noplots:
+            info(f"pictures: {self.run_dir / 'results.png'}, PR_curve.png, confusion_matrix.png, val_batch0.jpg and more beside them")
+        info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent} --imgsz {self.config.imgsz}")
+
+    def _load_data(self) -> None:
+        config, stride = self.config, max(self.model.max_stride, _MIN_STRIDE)
+        workers, pin = worker_count(config.workers), self.device.type == "cuda"
+        budget = free_memory_bytes() // 2
+        sizes = scaled_sizes(self.train_split, config.imgsz)
+        cache = ImageCache(sizes, config.cache, budget // self.world.size, self.run_dir)
+        if config.rect:
+            targets = rect_targets(self.train_split, config.imgsz, stride, config.batch_size, pad=0.0)
+            train_set = RectDataset(self.train_split, config.imgsz, cache, targets, self.hyp, config.seed)
+        else:
+            train_set = TrainDataset(self.train_split, config.imgsz, self.hyp, cache, config.seed)
+        order = rect_order(self.train_split) if config.rect else np.arange(len(train_set))
+        self.batches = EpochBatches(order, config.batch_size, seed=config.seed, shuffle="batches" if config.rect else "images",
+                                    rank=self.world.rank, world=self.world.size)
+        self.train_loader = make_loader(train_set, self.batches, workers, pin)
+        if self.world.rank == 0:
+            self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size, stride, config.workers, self.device, config.cache,
+                                         max(budget - cache.bytes, 0))
+
+    def _train(self, epoch: int, eta: str) -> EpochResult:
+        config = self.config
+        torch.manual_seed(config.seed + epoch)  # dropout's stream depends on the epoch alone: a resumed run draws the same
+        self.batches.epoch = epoch
+        self.batches.weights = self._image_weights()
+        warmup = warmup_steps(self.hyp, len(self.batches))
+        resize = random_resize(config.imgsz, self.model.max_stride, config.seed, epoch) if config.multi_scale else same_size
+        self.model.train()
+        return train_epoch(
+            self.network, self.train_loader, self.criterion, self.stepper,
+            settings=lambda n: settings(self.state.step + n, epoch, config.epochs, warmup, config.batch_size, self.hyp, config.cos_lr),
+            resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}", world=self.world.size,
+        )
+
+    def _image_weights(self) -> np.ndarray | None:
+        """--image-weights: images of classes that score low, and of rare ones, are drawn more often."""
+        if not self.config.image_weights:
+            return None
+        nc = len(self.train_split.names)
+        counts = np.stack([np.bincount(own[:, 0].astype(int), minlength=nc) for own in self.train_split.boxes])
+        need = (1 - np.array(self.state.class_ap or np.zeros(nc))) ** 2 / np.maximum(counts.sum(0), 1)
+        weights = counts @ need
+        return weights + max(weights.max(), 1.0) * 1e-3  # images without boxes stay possible
+
+    def _validate(self, epoch: int) -> None:
+        last = epoch + 1 == self.config.epochs
+        if self.config.noval and not last:
+            self.result = None
+            return
+        network = self.stepper.ema.model.fused()
+        self.result = validate(network, self.val_loader, self.val_split, self.device, self.dtype, NmsOptions(), self.criterion)
+        self.state.class_ap = np.nan_to_num(self.result.scores.per_class_ap).tolist()
+
+    def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
+        row = {"epoch": epoch, "time_s": round(seconds, 3)}
+        row |= {f"train/{name}": float(value) for name, value in zip(("box", "obj", "cls"), trained.loss, strict=True)}
+        if self.result:
+            row |= {f"val/{name}": float(value) for name, value in zip(("box", "obj", "cls"), self.result.loss, strict=True)}
+            row |= {f"metrics/{name}": value for name, value in self.result.metrics().items()}
+            metrics = self.result.metrics()
+            info(f"  val: P {metrics['precision']:.3f}  R {metrics['recall']:.3f}  mAP50 {metrics['mAP50']:.4f}  mAP50-95 {metrics['mAP50-95']:.4f}"
+                 f"  ({seconds:.0f} s, {trained.images_per_second:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GB)")
+        row["lr"] = trained.settings.weight_lr
+        self.state.epoch, self.state.step = epoch + 1, self.state.step + trained.steps
+        self.state.history.append(row)
+        self.scalars.add(epoch, row)
+        write_results(self.run_dir / "results.csv", self.state.history)
+
+    def _is_over(self, seconds: float) -> bool:
+        config, state = self.config, self.state
+        if self.result and self.result.fitness > state.best_fitness:
+            state.best_fitness, state.best_epoch = self.result.fitness, state.epoch - 1
+            if not config.nosave:
+                self._save_best()
+        if config.time_limit and seconds > config.time_limit * 60:
+            info(f"time limit of {config.time_limit:g} minutes reached after epoch {state.epoch}")
+            return True
+        if config.patience and self.result and state.epoch - 1 - state.best_epoch >= config.patience:
+            info(f"no better fitness for {config.patience} epochs (best: epoch {state.best_epoch + 1}): stopped early; --patience 0 would go on")
+            return True
+        return False
+
+    def _checkpoint(self, half: bool) -> Checkpoint:
+        weights = self.stepper.ema.model.state_dict()
+        if half:
+            weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        metrics = self.result.metrics() if self.result else {}
+        return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz)
+
+    def _save_best(self) -> None:
+        """Always before last.pt: killed between the two, the resumed run repeats the epoch and writes the same best.pt."""
+        save_checkpoint(self.run_dir / "weights" / "best.pt", self._checkpoint(half=True))
+
+    def _save(self) -> None:
+        state, weights_dir = self.state, self.run_dir / "weights"
+        if state.finished and not (weights_dir / "best.pt").exists():  # --nosave, --noval, or nothing ever found
+            self._save_best()
+        if self.config.save_period > 0 and state.epoch % self.config.save_period == 0:
+            save_checkpoint(weights_dir / f"epoch{state.epoch}.pt", self._checkpoint(half=True))
+        state.model, state.optimizer, state.scaler = dict(self.model.state_dict()), self.stepper.optimizer.state_dict(), self.stepper.scaler.state_dict()
+        state.ema_updates = self.stepper.ema.updates
+        checkpoint = self._checkpoint(half=False)
+        checkpoint.training = state.to_dict()
+        save_checkpoint(weights_dir / "last.pt", checkpoint)
+
+    def _restore(self, state: TrainState) -> None:
+        """Averaged weights are the checkpoint's own: `model` came with them; the raw ones replace them here."""
+        self.stepper.ema.updates = state.ema_updates
+        self.model.load_state_dict(state.model)
+        self.stepper.optimizer.load_state_dict(state.optimizer)
+        self.stepper.scaler.load_state_dict(state.scaler)
+        if self.world.rank == 0:
+            for leftover in (self.run_dir / "weights").glob(".*.pt"):  # of a save that was killed
+                leftover.unlink(missing_ok=True)
+
+
+def _freeze(model: torch.nn.Module, freeze: tuple[int, ...]) -> None:
+    """YOLOv5's rule: one number freezes that many first rows, several name the rows."""
+    rows = freeze if len(freeze) > 1 else range(freeze[0])
+    for row in rows:
+        model.model[row].requires_grad_(False)
+
+
+def _eta(seconds: float, done: int, left: int) -> str:
+    if not done:
+        return ""
+    minutes = seconds / done * left / 60
+    return f"ETA {minutes:.0f} min" if minutes < 90 else f"ETA {minutes / 60:.1f} h"
+
+
+def write_results(path: Path, history: list[dict[str, float]]) -> None:
+    """results.csv from its rows: always whole, and the same after a resume."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in history)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,53 @@
+"""How much memory a training batch takes: measured on two images, before the run starts."""
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from utils.data.imagecache import free_memory_bytes
+from utils.errors import UserError
+from utils.log import info
+
+_PROBE_IMAGES = 2
+_USABLE = 0.85  # of the free memory
+_OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; measured, see docs/results.md
+_LARGEST = 512
+
+
+def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device) -> int:
+    """What autograd keeps for one image's backward pass, with an allowance for what lives beside it. The model is left as it was."""
+    probe = copy.deepcopy(model).train()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.full((_PROBE_IMAGES, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = probe(images)
+    weights = sum(p.untyped_storage().nbytes() for p in probe.parameters())
+    maps = sum(o.numel() * o.element_size() for o in outputs)
+    return max(int((sum(kept.values()) + maps - weights) / _PROBE_IMAGES * _OVERHEAD), 1)
+
+
+def fit_batch(model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world_size: int, images: int) -> int:
+    """`batch_size` (over all processes), or for -1 the largest that fits in memory, at most the set's own number of images.
+
+    Raises:
+        UserError: the batch does not fit; the line says which would.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world_size
+    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
+    each = bytes_per_image(model, imgsz, device)
+    fits = max(int((free * _USABLE - state) / each), 0) * world_size if free else _LARGEST
+    if batch_size == -1:
+        batch_size = max(min(fits, _LARGEST, images), 1)
+        info(f"--batch-size -1: {batch_size} images of {each / 2**20:.0f} MB each, {free / 2**30:.1f} GB free")
+    if batch_size > fits:
+        raise UserError(f"--batch-size {batch_size} at {imgsz} px needs about {(batch_size * each / world_size + state) / 2**30:.1f} GB a process, "
+                        f"{free / 2**30:.1f} GB are free: use --batch-size {max(fits, 1)} or less, or a smaller --imgsz")
+    return batch_size

@@ -1,0 +1,36 @@
+"""Optimizers with YOLOv5's three parameter groups."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from utils.config import Hyp
+from utils.training.schedule import NOMINAL_BATCH, Step
+
+
+def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> torch.optim.Optimizer:
+    """SGD (Nesterov), Adam or AdamW over biases, weights (decayed) and the rest (norms), in this order.
+
+    The decay is for a batch of NOMINAL_BATCH: it scales with the batch that accumulation really reaches.
+    """
+    biases, weights, others = [], [], []
+    for key, parameter in model.named_parameters():
+        group = biases if key.endswith("bias") else weights if parameter.ndim > 1 else others
+        group.append(parameter)
+    accumulate = max(round(NOMINAL_BATCH / batch_size), 1)
+    decay = hyp.weight_decay * batch_size * accumulate / NOMINAL_BATCH
+    groups = [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    if name == "SGD":
+        return torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True, fused=True)
+    cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+    return cls(groups, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=True)
+
+
+def apply_step(optimizer: torch.optim.Optimizer, step: Step) -> None:
+    """Set the groups' learning rates and momentum."""
+    for n, group in enumerate(optimizer.param_groups):
+        group["lr"] = step.bias_lr if n == 0 else step.weight_lr
+        if "momentum" in group:
+            group["momentum"] = step.momentum
+        else:
+            group["betas"] = (step.momentum, group["betas"][1])

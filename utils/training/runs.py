@@ -1,0 +1,60 @@
+"""A run: its settings and its folder, new or taken up where it stopped."""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp, newest_last
+from utils.errors import UserError
+from utils.files import new_run_dir, write_yaml
+from utils.log import info
+from utils.training.state import TrainState
+
+_MAY_CHANGE = {"resume", "epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
+
+
+@dataclass(frozen=True)
+class Run:
+    config: TrainConfig
+    hyp: Hyp
+    folder: Path | None = None  # of the run to go on with
+    checkpoint: Checkpoint | None = None  # its last.pt
+    state: TrainState | None = None
+
+
+def new_run(given: dict[str, Any]) -> Run:
+    config = TrainConfig(**given)
+    return Run(config, load_hyp(config.hyp))
+
+
+def resumed_run(given: dict[str, Any]) -> Run:
+    """The run that `--resume` names, with its own settings and those few that may change.
+
+    Raises:
+        UserError: no such run, it is finished, or a setting is given that would make it another run.
+    """
+    given = dict(given)
+    asked = given.pop("resume")
+    last = newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else Path(asked)
+    for name in given:
+        if name not in _MAY_CHANGE:
+            raise UserError(f"--resume goes on with the run's own settings: leave out --{name.replace('_', '-')}, or start anew with --weights {last}")
+    checkpoint = load_checkpoint(last)
+    state = TrainState.from_dict(checkpoint.training, str(last))
+    config = TrainConfig(**state.config | given)
+    if state.finished and state.epoch >= config.epochs:
+        raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
+    state.config, state.finished = dataclasses.asdict(config), False
+    info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
+    return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parents[1], checkpoint, state)
+
+
+def create_folder(run: Run, config: TrainConfig) -> Path:
+    """The run's folder, with opt.yaml (`config` as it turned out) and hyp.yaml in it."""
+    folder = run.folder or new_run_dir(config.project, config.name, config.exist_ok)
+    write_yaml(folder / "opt.yaml", {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()})
+    write_yaml(folder / "hyp.yaml", dataclasses.asdict(run.hyp))
+    return folder

@@ -1,0 +1,41 @@
+"""Learning rate, momentum and accumulation as pure functions of progress."""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from utils.config import Hyp
+
+NOMINAL_BATCH = 64  # the batch that the learning rate is tuned for
+_MIN_WARMUP_STEPS = 100
+
+
+def decay(epoch: float, epochs: int, last: float, cosine: bool) -> float:
+    """Factor on the learning rate: 1 at epoch 0, `last` at `epochs`."""
+    progress = epoch / epochs
+    share = (1 + math.cos(math.pi * progress)) / 2 if cosine else 1 - progress
+    return last + (1 - last) * share
+
+
+def warmup_steps(hyp: Hyp, steps_per_epoch: int) -> int:
+    return max(round(hyp.warmup_epochs * steps_per_epoch), _MIN_WARMUP_STEPS) if hyp.warmup_epochs else 0
+
+
+class Step(NamedTuple):
+    """The settings of one step."""
+
+    weight_lr: float
+    bias_lr: float
+    momentum: float
+    accumulate: int  # batches to gather before the optimizer steps
+
+
+def settings(step: int, epoch: int, epochs: int, warmup: int, batch_size: int, hyp: Hyp, cosine: bool) -> Step:
+    """Settings at a step counted from the start of training; during warm-up the weights' rate rises from 0, the biases' falls to meet it."""
+    lr = hyp.lr0 * decay(epoch, epochs, hyp.lrf, cosine)
+    accumulate = max(NOMINAL_BATCH / batch_size, 1.0)
+    if step >= warmup:
+        return Step(lr, lr, hyp.momentum, max(round(accumulate), 1))
+    t = step / warmup
+    return Step(lr * t, hyp.warmup_bias_lr + (lr - hyp.warmup_bias_lr) * t, hyp.warmup_momentum + (hyp.momentum - hyp.warmup_momentum) * t,
+                max(round(1 + (accumulate - 1) * t), 1))

@@ -1,0 +1,40 @@
+"""What a training must remember to go on exactly where it stopped."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """Plain data and tensors: the `training` part of last.pt."""
+
+    config: dict[str, Any]
+    hyp: dict[str, Any]
+    epoch: int = 0  # epochs done
+    step: int = 0  # batches done, since the first epoch
+    best_fitness: float = -1.0
+    best_epoch: int = 0
+    ema_updates: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # a row of results.csv for each epoch
+    class_ap: list[float] = field(default_factory=list)  # of the last validation, for --image-weights
+    model: dict[str, Tensor] = field(default_factory=dict)  # raw weights; the checkpoint's own are the averaged ones
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any] | None, origin: str) -> TrainState:
+        if content is None:
+            raise UserError(f"{origin}: holds no training state (a best.pt?): --resume needs a run's last.pt")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise UserError(f"{origin}: its training state is of another version: {error}: start anew with --weights {origin}") from None

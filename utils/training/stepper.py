@@ -1,0 +1,41 @@
+"""From a loss to moved weights: scaling, accumulation, clipping, the optimizer's step and the averaged copy."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from utils.training.ema import ModelEma
+from utils.training.optim import apply_step
+from utils.training.schedule import Step
+
+_MAX_GRAD_NORM = 10.0
+
+
+class Stepper:
+    """Gathers gradients over batches and steps when `accumulate` of them are in."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.optimizer, self.ema, self.device, self.dtype = model, optimizer, ema, device, dtype
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Only fp16 can underflow; elsewhere the scaler passes everything through.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._gathered = 0
+
+    def backward(self, loss: Tensor, settings: Step) -> None:
+        apply_step(self.optimizer, settings)
+        self.scaler.scale(loss).backward()
+        self._gathered += 1
+        if self._gathered >= settings.accumulate:
+            self.step()
+
+    def step(self) -> None:
+        """Move the weights by what has been gathered; nothing if that is nothing."""
+        if not self._gathered:
+            return
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model)
+        self._gathered = 0

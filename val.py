@@ -1,0 +1,65 @@
+"""Score a checkpoint on a data set: precision, recall, F1 and COCO's mAP, with curves and pictures.
+
+    python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml --imgsz 320
+    python val.py --weights yolov5n.pt --data coco128.yaml --task train --save-json
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from utils.config import ValConfig, parse
+from utils.errors import script
+from utils.threads import wait_politely
+
+
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(ValConfig, argv, "Score a checkpoint on a data set.")
+    wait_politely()
+    # PyTorch and what needs it come in only now, so that --help answers at once.
+    import torch
+
+    from models.plugin import load_plugin
+    from models.yolo import load_model
+    from utils.data.open import open_splits, val_loader
+    from utils.device import compute_dtype, describe, keep_freed_memory, select_device
+    from utils.evaluate.output import pycocotools_scores, save_json, save_txt
+    from utils.evaluate.report import draw_validation, score_table
+    from utils.evaluate.tta import Augmented
+    from utils.evaluate.validate import NmsOptions, check_classes, validate
+    from utils.files import new_run_dir
+    from utils.log import info
+
+    keep_freed_memory()
+    device = select_device(config.device)
+    dtype = compute_dtype("fp16" if config.half else config.precision, device)
+    load_plugin(config.plugin)
+    model = load_model(config.weights)
+    (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
+    check_classes(model.names, split.names, config.single_cls, config.weights)
+    network = model.fused().to(device, memory_format=torch.channels_last)
+    imgsz = model.whole_strides(config.imgsz)
+    loader = val_loader(split, imgsz, config.batch_size, max(model.max_stride, 32), config.workers, device)
+    nms = NmsOptions(config.conf_thres, config.iou_thres, config.max_det)
+
+    result = validate(Augmented(network) if config.augment else network, loader, split, device, dtype, nms, single_cls=config.single_cls)
+    info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))
+    info(f"speed: {result.speed.load:.1f} ms waiting for images, {result.speed.inference:.1f} ms inference, {result.speed.nms:.1f} ms NMS an image "
+         f"at {imgsz} px, batch {config.batch_size}, on {describe(device, dtype)}")
+    if config.task != "speed":
+        folder = new_run_dir(config.project, config.name, config.exist_ok)
+        if config.save_txt:
+            save_txt(folder, result, split, config.save_conf)
+        if config.save_json:
+            save_json(folder / "predictions.json", result, split)
+            ap, ap50 = pycocotools_scores(folder / "predictions.json", result, split)
+            info(f"pycocotools on predictions.json: mAP50 {ap50:.6f}, mAP50-95 {ap:.6f} (here: {result.scores.ap50:.6f}, {result.scores.ap:.6f})")
+        if not config.noplots:
+            draw_validation(folder, result, split)
+        info(f"results: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
