@@ -62,6 +62,7 @@ class Archive:
             if storage.key not in self._buffers:
                 self._buffers[storage.key] = bytearray(self._read(f"data/{storage.key}"))
             buffer = self._buffers[storage.key]
+            # in Python's integers: the same check inside torch.frombuffer overflows
             if len(buffer) < storage.numel * storage.dtype.itemsize:
                 raise ValueError(f"storage {storage.key} has {len(buffer)} bytes, {storage.numel} x {storage.dtype} are declared")
             if 0 in ref.size:
