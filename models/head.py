@@ -64,17 +64,21 @@ class Detect(nn.Module):
 
 
 def decode(maps: Sequence[Tensor], anchors: Tensor, strides: Sequence[int]) -> Tensor:
-    """Raw maps to boxes: L x (B, A, H, W, 5 + C) -> (B, sum of A*H*W, 5 + C).
+    """Raw maps to boxes: L x (B, A, H, W, 5 + C) -> (B, sum of H*W*A, 5 + C), level by level, cell by cell.
 
     Columns: cx, cy, w, h in pixels of the network's input, objectness and class probabilities in 0..1 (float32).
     """
-    levels = []
+    batch, outputs = len(maps[0]), maps[0].shape[-1]
+    decoded = torch.empty(batch, sum(raw[0, ..., 0].numel() for raw in maps), outputs, device=maps[0].device)
+    start = 0
     for raw, level_anchors, stride in zip(maps, anchors, strides, strict=True):
-        batch, num_anchors, height, width, outputs = raw.shape
-        p = raw.float().sigmoid()
+        _, num_anchors, height, width, _ = raw.shape
+        end = start + num_anchors * height * width
+        # In place and cell by cell, as channels-last maps lie in memory: with 80 classes the boxes outweigh the network's own feature maps.
+        p = decoded[:, start:end].view(batch, height, width, num_anchors, outputs)
+        torch.sigmoid(raw.float().permute(0, 2, 3, 1, 4), out=p)
         y, x = torch.meshgrid(torch.arange(height, device=raw.device), torch.arange(width, device=raw.device), indexing="ij")
-        cells = torch.stack((x, y), -1).to(p.dtype)  # (H, W, 2)
-        xy = (p[..., :2] * 2 - 0.5 + cells) * stride
-        wh = (p[..., 2:4] * 2).square() * (level_anchors * stride).view(1, num_anchors, 1, 1, 2)
-        levels.append(torch.cat((xy, wh, p[..., 4:]), -1).view(batch, -1, outputs))
-    return torch.cat(levels, 1)
+        p[..., :2] = (p[..., :2] * 2 - 0.5 + torch.stack((x, y), -1)[:, :, None]) * stride
+        p[..., 2:4] = (p[..., 2:4] * 2).square() * (level_anchors * stride)
+        start = end
+    return decoded
