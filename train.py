@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
         model.to(device, memory_format=torch.channels_last)
         batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
-        config = dataclasses.replace(config, batch_size=batch_size)
+        config = dataclasses.replace(config, batch_size=world.share(batch_size))
         print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state)

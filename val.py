@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.data.open import open_splits, val_loader
     from utils.device import compute_dtype, describe, keep_freed_memory, select_device
     from utils.evaluate.output import pycocotools_scores, save_json, save_txt
-    from utils.evaluate.report import draw_validation, score_table
+    from utils.evaluate.table import score_table
     from utils.evaluate.tta import Augmented
-    from utils.evaluate.validate import NmsOptions, check_classes, validate
+    from utils.evaluate.validate import check_classes, validate
     from utils.files import new_run_dir
     from utils.log import info
+    from utils.nms import NmsOptions
+    from utils.plots.run import draw_validation
 
     keep_freed_memory()
     device = select_device(config.device)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = model.fused().to(device, memory_format=torch.channels_last)
     imgsz = model.whole_strides(config.imgsz)
     loader = val_loader(split, imgsz, config.batch_size, max(model.max_stride, 32), config.workers, device)
-    nms = NmsOptions(config.conf_thres, config.iou_thres, config.max_det)
+    nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
     result = validate(Augmented(network) if config.augment else network, loader, split, device, dtype, nms, single_cls=config.single_cls)
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))

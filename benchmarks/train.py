@@ -1,4 +1,4 @@
-"""Speed of training in the steady state, data included, against the plain step alone (forward, loss, backward, SGD; eager, NCHW, fp32, default allocator).
+"""Speed of training, data included, against the plain step alone (forward, loss, backward, SGD; eager, NCHW, fp32, default allocator).
 
     YOLO_DATASETS=../shared/datasets python -m benchmarks.train --cfg yolov5s.yaml --data bccd.yaml --imgsz 320 --batch-size 16
 """
@@ -65,7 +65,8 @@ def whole(args: argparse.Namespace, precision: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         training = Training(model, train_split, val_split, config, Hyp(), Path(folder), _CPU)
         rates = [training.train_one_epoch(epoch).images_per_second for epoch in range(2)]
-    report(ms=1e3 / rates[1], images_per_s=rates[1], memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=describe(_CPU, compute_dtype(precision, _CPU)))
+    machine = describe(_CPU, compute_dtype(precision, _CPU))
+    report(ms=1e3 / rates[1], images_per_s=rates[1], memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.only:
         modes[args.only]()
         return 0
-    passed_on = [item for key in ("cfg", "data", "imgsz", "batch_size", "workers") for item in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    passed_on = [item for key in ("cfg", "data", "imgsz", "batch_size", "workers")
+                 for item in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     results = run_in_turn("benchmarks.train", list(modes), passed_on, args.repeats)
     print_table(results, ("ms", "images_per_s", "memory_GB"), "ms")
     return 0

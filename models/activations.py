@@ -9,6 +9,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.files import did_you_mean
 
+_LARGEST = 1000
 _KNOWN = {cls.__name__: cls for cls in (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Mish, nn.GELU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU,
                                         nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Identity, nn.Softplus)}
 
@@ -27,6 +28,9 @@ def parse_activation(text: str, origin: str) -> nn.Module:
         kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{origin}: activation {text!r} is no layer name with plain values, such as nn.LeakyReLU(0.1)") from None
+    for value in (*args, *kwargs.values()):
+        if not (isinstance(value, str) or (isinstance(value, int | float) and abs(value) < _LARGEST)):
+            raise UserError(f"{origin}: activation {text}: its arguments must be text, True, False or numbers below {_LARGEST}")
     if name not in _KNOWN:
         raise UserError(f"{origin}: unknown activation {name}{did_you_mean(name, _KNOWN)}; known: {', '.join(sorted(_KNOWN))}")
     cls = _KNOWN[name]

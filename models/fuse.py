@@ -2,56 +2,89 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
-_PROBE_PX = 128
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
-def fuse(model: Model) -> Model:
+def fuse(model: Model, probe_px: int = 64) -> Model:
     """A new model in eval mode with every convolution -> batch norm pair folded.
 
-    Pairs are found by running a probe and following the tensors, not by the names or the order of attributes, so that users' own blocks fold too.
-    A probe through the result guards against a convolution whose output is also used elsewhere: such a network comes back unfolded.
+    Pairs are found by running an image of `probe_px` and following the tensors, not by the names or the order of attributes, so that users' own
+    blocks fold too. A convolution whose output has another use than its batch norm stays as it is.
     """
     fused = copy.deepcopy(model).eval()
     parameter = next(fused.parameters())
-    # Not random numbers: folding must not disturb the stream that a training draws from.
-    probe = torch.linspace(0, 977, 3 * _PROBE_PX**2, device=parameter.device).sin().abs().to(parameter.dtype).view(1, 3, _PROBE_PX, _PROBE_PX)
-    pairs, before = _find_pairs(fused, probe)
+    trace = _Trace(fused)
+    trace.run(torch.zeros(1, 3, probe_px, probe_px, device=parameter.device, dtype=parameter.dtype))
     parents = {child: (parent, name) for parent in fused.modules() for name, child in parent.named_children()}
-    for conv, norm in pairs:
-        folded = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
-        setattr(*parents[conv], folded)
+    for conv, norm in trace.pairs():
+        setattr(*parents[conv], fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
         setattr(*parents[norm], nn.Identity())
-    after = fused(probe)
-    same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max())) for a, b in zip(before, after, strict=True))
-    return fused if same else copy.deepcopy(model).eval()
+    return fused
 
 
-def _find_pairs(model: nn.Module, probe: Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], list[Tensor]]:
-    """(convolution, the batch norm that takes its output) for each convolution that runs once, and the model's outputs."""
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept so that its id stays its own
-    runs: dict[nn.Module, int] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+def _is_foldable(module: nn.Module) -> bool:
+    """Exactly PyTorch's convolutions: a class derived from them, such as one that computes its weight, may do something else with it."""
+    return type(module) is nn.Conv2d or (type(module) is nn.ConvTranspose2d and module.groups == 1)
 
-    def after_conv(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs[id(output)] = (module, output)
-        runs[module] = runs.get(module, 0) + 1
 
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        runs[module] = runs.get(module, 0) + 1
-        if id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], module))
+class _Trace(TorchFunctionMode):
+    """What each convolution's output is used for in one forward pass."""
 
-    hooks = [m.register_forward_hook(after_conv) for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    hooks += [m.register_forward_pre_hook(before_norm) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    results = model(probe)
-    for hook in hooks:
-        hook.remove()
-    return [(conv, norm) for conv, norm in pairs if runs[conv] == runs[norm] == 1], results
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.runs: dict[nn.Module, int] = {}
+        self.outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # by id; the tensor is kept so that its id stays its own
+        self.uses: dict[int, int] = {}
+        self.norms: dict[nn.Module, int] = {}  # batch norm -> its input's id
+
+    def run(self, image: Tensor) -> None:
+        hooks = [m.register_forward_hook(self._after_convolution) for m in self.model.modules() if _is_foldable(m)]
+        hooks += [m.register_forward_pre_hook(self._before_norm) for m in self.model.modules() if type(m) in _NORMS and m.track_running_stats]
+        with self:
+            results = self.model(image)
+        self._use(results)
+        for hook in hooks:
+            hook.remove()
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for norm, taken in self.norms.items():
+            if taken in self.outputs and self.uses[taken] == 1:
+                conv = self.outputs[taken][0]
+                if self.runs[conv] == self.runs[norm] == 1:
+                    yield conv, norm
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, int | torch.Size | torch.dtype | torch.device | None):  # asking for the shape is no use
+            self._use((args, kwargs))
+        return result
+
+    def _use(self, values: Any) -> None:
+        if isinstance(values, Tensor):
+            self.uses[id(values)] = self.uses.get(id(values), 0) + 1
+        elif isinstance(values, tuple | list):
+            for value in values:
+                self._use(value)
+        elif isinstance(values, dict):
+            self._use(list(values.values()))
+
+    def _after_convolution(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.runs[module] = self.runs.get(module, 0) + 1
+        self.outputs[id(output)] = (module, output)
+        self.uses[id(output)] = 0
+
+    def _before_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.runs[module] = self.runs.get(module, 0) + 1
+        if inputs:
+            self.norms[module] = id(inputs[0])

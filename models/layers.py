@@ -22,6 +22,8 @@ def activation(act: bool | nn.Module) -> nn.Module:
     """True -> the family's default (SiLU), a module -> itself, False -> identity."""
     if isinstance(act, nn.Module):
         return act
+    if act not in (True, False):
+        raise TypeError(f"act must be true or false, not {act!r}; for all layers of a network the YAML's 'activation:' names another one")
     return nn.SiLU(inplace=True) if act else nn.Identity()
 
 

@@ -97,11 +97,15 @@ def over_width(inputs: Sequence[int], args: list[Any], scale: Scale) -> Wiring:
 
 def sum_widths(inputs: Sequence[int], args: list[Any], scale: Scale) -> Wiring:
     """Concatenation along channels."""
+    if len(inputs) < 2:
+        raise ValueError("joins several inputs: 'from' must be a list of rows, such as [-1, 6]")
     return Wiring(args, sum(inputs))
 
 
 def equal_widths(inputs: Sequence[int], args: list[Any], scale: Scale) -> Wiring:
-    """Element-wise sum of inputs of one width."""
+    """Element-wise sum of two inputs of one width."""
+    if len(inputs) != 2:
+        raise ValueError(f"adds two inputs, 'from' names {len(inputs)}; it must be a list of rows, such as [-1, 6]")
     if len(set(inputs)) != 1:
         raise ValueError(f"adds inputs of {' and '.join(map(str, inputs))} channels; give them one width (a 1x1 Conv before it)")
     return Wiring(args, inputs[0])

@@ -1,6 +1,7 @@
 """A network as data: YAML rows -> frozen ModelSpec. Literals only: nothing in the file is evaluated, and no torch is needed."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from utils.files import ROOT, did_you_mean, find_file, read_yaml
 IMAGE = -1  # the source row that stands for the input image
 _KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head")
 _IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
+_DETECT = "[[17, 20, 23], 1, Detect, [nc, anchors]]"
+_LARGEST = 100_000  # of every setting
+_MOST_BLOCKS = 1000  # over all rows, repeats counted; yolov5x6 has 96
+_MOST_ARGS = 100  # of one row, nested ones counted
 _WORDS = {"None": None, "none": None, "null": None, "True": True, "False": False}
 
 
@@ -78,7 +83,8 @@ class ModelSpec:
         for part, part_rows in zip(("backbone", "head"), rows, strict=True):
             for n, row in enumerate(part_rows):
                 layers.append(_layer(row, len(layers), f"{origin}: row {len(layers)} ({part} {n})", depth, words))
-        _check_detect(layers, anchors, origin)
+        _check_blocks(layers, origin)
+        _check_detect(layers, classes, anchors, origin)
         return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows)
 
 
@@ -98,6 +104,7 @@ def _layer(row: Any, index: int, place: str, depth: float, words: Mapping[str, A
     number = _number(number, "number", place, whole=True)
     if not isinstance(args, list):
         raise UserError(f"{place}: args must be a list, found {args!r}")
+    _check_args(args, place)
     args = [_resolve(arg, words) for arg in args]
     kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
     if any(not isinstance(key, str) for key in kwargs):
@@ -119,10 +126,25 @@ def _absolute(source: Any, index: int, place: str) -> int:
         raise UserError(f"{place}: 'from' must be a row number or -1 for the row before, found {source!r}")
     absolute = source + index if source < 0 else source
     if absolute >= index:
-        raise UserError(f"{place}: 'from' {source} points at itself or forward; a row takes rows 0 to {index - 1} (-1 is the row before)")
-    if absolute < IMAGE or (absolute == IMAGE and index > 0 and source < -index - 1):
+        known = f"rows 0 to {index - 1} (-1 is the row before)" if index else "the image, -1"
+        raise UserError(f"{place}: 'from' {source} points at itself or forward; a row takes rows above it, here {known}")
+    if absolute < IMAGE:
         raise UserError(f"{place}: 'from' {source} reaches before the first row; at row {index} the least is {-index - 1} (the image)")
     return absolute
+
+
+def _check_args(args: list[Any], place: str) -> None:
+    """Literals only: finite numbers, text, true, false, null, and lists and mappings of them."""
+    rest = list(args)
+    for count, arg in enumerate(rest):  # grows as nested values are met
+        if count >= _MOST_ARGS:
+            raise UserError(f"{place}: has over {_MOST_ARGS} arguments")
+        if isinstance(arg, list):
+            rest += arg
+        elif isinstance(arg, dict):
+            rest += arg.values()
+        elif not isinstance(arg, str | int | float | None) or (isinstance(arg, float) and not math.isfinite(arg)):
+            raise UserError(f"{place}: argument {arg!r} is no finite number, text, true, false or null")
 
 
 def _resolve(arg: Any, words: Mapping[str, Any]) -> Any:
@@ -136,8 +158,9 @@ def _resolve(arg: Any, words: Mapping[str, Any]) -> Any:
 
 def _number(value: Any, what: str, place: str, whole: bool = False) -> Any:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e6:
-        raise UserError(f"{place}: {what} must be a positive {'whole ' if whole else ''}number, found {value!r} (expressions are not evaluated)")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:
+        raise UserError(f"{place}: {what} must be a {'whole ' if whole else ''}number above 0 and up to {_LARGEST:,}, "
+                        f"found {value!r} (expressions are not evaluated)")
     return value
 
 
@@ -156,9 +179,28 @@ def _anchors(anchors: Any, origin: str) -> int | tuple[tuple[float, ...], ...]:
     return tuple(tuple(level) for level in anchors)
 
 
-def _check_detect(layers: list[LayerSpec], anchors: int | tuple[tuple[float, ...], ...], origin: str) -> None:
+def _check_blocks(layers: list[LayerSpec], origin: str) -> None:
+    blocks = sum(layer.repeats for layer in layers)
+    if blocks > _MOST_BLOCKS:
+        most = max(layers, key=lambda layer: layer.repeats)
+        raise UserError(f"{origin}: {blocks} blocks, repeats counted, are over the limit of {_MOST_BLOCKS}: "
+                        f"lower depth_multiple or the rows' numbers; most are of {most.place.partition(': ')[2]}, {most.repeats}")
+
+
+def _check_detect(layers: list[LayerSpec], nc: int, anchors: int | tuple[tuple[float, ...], ...], origin: str) -> None:
     last = layers[-1]
     if last.module != "Detect":
-        raise UserError(f"{origin}: the last row must be Detect, e.g. [[17, 20, 23], 1, Detect, [nc, anchors]]; found {last.module}")
+        raise UserError(f"{origin}: the last row must be Detect, e.g. {_DETECT}; found {last.module}")
+    for layer in layers[:-1]:
+        if layer.module == "Detect":
+            raise UserError(f"{layer.place}: only the last row may be Detect; give that one all levels, e.g. {_DETECT}")
+    if not isinstance(last.source, tuple) or last.repeats != 1:
+        raise UserError(f"{last.place}: takes a list of rows, once, e.g. {_DETECT}")
+    if _as_tuples(last.args) != (nc, anchors) or last.kwargs:
+        raise UserError(f"{last.place}: its arguments must be [nc, anchors], which stand for the file's settings; found {list(last.args)}")
     if not isinstance(anchors, int) and len(anchors) != len(last.sources):
         raise UserError(f"{last.place}: {len(last.sources)} levels but {len(anchors)} rows of anchors; give one row for each level")
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from models.plugin import load_plugin
 from models.spec import load_spec
 from models.yolo import DetectionModel
+from utils.config import Parser
 from utils.device import autocast, compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
-from utils.errors import script
+from utils.errors import UserError, script
 from utils.log import info
 
 _TIMED_RUNS = 7
@@ -41,9 +41,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_gflops(model: nn.Module, imgsz: int = 640) -> float:
-    """2 x multiply-accumulates of one (imgsz x imgsz) image, in units of 1e9, by thop; nothing is computed, only shapes."""
-    shapes_only = copy.deepcopy(model).to("meta").eval()
-    macs, _ = thop.profile(shapes_only, inputs=(torch.empty(1, 3, imgsz, imgsz, device="meta"),), custom_ops=_COUNTERS, verbose=False)
+    """2 x multiply-accumulates of one (imgsz x imgsz) image, in units of 1e9, by thop."""
+    # Really run, not on the meta device: PyTorch takes seconds to import what that needs.
+    image = torch.zeros(1, 3, imgsz, imgsz, device=next(model.parameters()).device)
+    macs, _ = thop.profile(copy.deepcopy(model).eval(), inputs=(image,), custom_ops=_COUNTERS, verbose=False)
     return 2 * float(macs) / 1e9
 
 
@@ -104,26 +105,28 @@ def print_summary(model: DetectionModel, imgsz: int, device: torch.device, dtype
     if table:
         info(layer_table(model))
     cost = measure_cost(model, imgsz, device, dtype)
-    info(f"{model.spec.origin}: {cost.layers} layers, {cost.parameters:,} parameters, {cost.gradients:,} trained, {cost.gflops:.1f} GFLOPs at {imgsz} px, "
-         f"{cost.latency_ms:.1f} ms an image, peak memory {peak_memory_bytes(device) / 2**30:.2f} GB")
+    info(f"{model.spec.origin}: {cost.layers} layers, {cost.parameters:,} parameters, {cost.gradients:,} trained, "
+         f"{cost.gflops:.1f} GFLOPs at {imgsz} px, {cost.latency_ms:.1f} ms an image, peak memory {peak_memory_bytes(device) / 2**30:.2f} GB")
     info(f"  measured fused, batch 1, on {describe(device, dtype)}")
     return cost
 
 
 @script
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Print a network's rows and what it costs on this machine.")
+    parser = Parser(description="Print a network's rows and what it costs on this machine.")
     parser.add_argument("--cfg", required=True, help="model YAML, found as given, in models/ or in models/hub/")
     parser.add_argument("--imgsz", type=int, default=640, help="image size, pixels (default: 640)")
     parser.add_argument("--device", default="", help="cpu or a CUDA device's number")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--plugin", default="", help="a Python file of your own blocks")
     args = parser.parse_args(argv)
+    if not 32 <= args.imgsz <= 8192:
+        raise UserError(f"--imgsz {args.imgsz}: must be between 32 and 8192 pixels")
     keep_freed_memory()
     load_plugin(args.plugin)
     device = select_device(args.device)
     model = DetectionModel(load_spec(args.cfg)).to(device)
-    print_summary(model, args.imgsz, device, compute_dtype(args.precision, device))
+    print_summary(model, model.whole_strides(args.imgsz), device, compute_dtype(args.precision, device))
     return 0
 
 

@@ -1,28 +1,19 @@
 """spec -> network: `DetectionModel` wires the rows of a ModelSpec; `load_model` rebuilds one from a checkpoint."""
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-import models.common  # noqa: F401  (registers the blocks)
-from models.activations import parse_activation
+from models.build import build_rows, inputs_of
 from models.fuse import fuse
 from models.head import Detect, decode
-from models.layers import Conv
-from models.registry import Block, Scale, find_block
-from models.spec import IMAGE, LayerSpec, ModelSpec, load_spec
+from models.spec import IMAGE, ModelSpec, load_spec
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import UserError
-
-_DRY_RUN_PX = 256  # the strides of any head up to P8 divide it
-_BN_EPS, _BN_MOMENTUM = 1e-3, 0.03
 
 
 class DetectionModel(nn.Module):
@@ -31,6 +22,7 @@ class DetectionModel(nn.Module):
     Attributes:
         spec: the data it was built from.
         names: class names, `nc` of them.
+        row_shapes: (C, H, W) of each row but Detect for an image of 256 x 256.
         model: one module for each row, so that keys read `model.{row}.…`.
     """
 
@@ -40,15 +32,11 @@ class DetectionModel(nn.Module):
         self.names = tuple(names) if names else tuple(str(i) for i in range(spec.nc))
         if len(self.names) != spec.nc:
             raise UserError(f"{spec.origin}: {spec.nc} classes but {len(self.names)} names")
-        self.model = nn.ModuleList(_build_rows(spec))
+        rows = build_rows(spec)
+        self.model = nn.ModuleList(rows.modules)
+        self.row_shapes = rows.shapes
+        self.head.set_strides(rows.strides)
         self._needed_later = {s for layer in spec.layers for s in layer.sources}
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps, module.momentum = _BN_EPS, _BN_MOMENTUM
-        if spec.activation:
-            _replace_default_activation(self, parse_activation(spec.activation, spec.origin))
-        self.row_shapes: list[tuple[int, ...]] = []  # (C, H, W) of each row at _DRY_RUN_PX
-        self._dry_run()
 
     @property
     def head(self) -> Detect:
@@ -65,7 +53,7 @@ class DetectionModel(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         kept: dict[int, Tensor] = {IMAGE: images}
         for layer, module in zip(self.spec.layers, self.model, strict=True):
-            x = module(_gather(kept, layer))
+            x = module(inputs_of(layer, kept))
             if layer.row in self._needed_later:
                 kept[layer.row] = x
         return x
@@ -91,89 +79,7 @@ class DetectionModel(nn.Module):
 
     def fused(self) -> DetectionModel:
         """A copy for inference, batch norms folded away."""
-        return fuse(self)
-
-    @torch.no_grad()
-    def _dry_run(self) -> None:
-        """Find each row's shape, hence the strides; a row that fails there is named."""
-        device = self.head.anchors.device
-        self.eval()
-        kept = {IMAGE: torch.zeros(1, 3, _DRY_RUN_PX, _DRY_RUN_PX, device=device)}
-        for layer, module in zip(self.spec.layers, self.model, strict=True):
-            inputs = _gather(kept, layer)
-            try:
-                kept[layer.row] = module(inputs)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                shapes = " and ".join(str(tuple(kept[s].shape[1:])) for s in layer.sources)
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(f"{layer.place}: fails on inputs of shape {shapes} (channels, height, width): {reason}") from None
-        self.train()
-        maps = kept.pop(len(self.model) - 1)
-        self.row_shapes = [tuple(kept[row].shape[1:]) for row in range(len(self.model) - 1)]
-        self.head.set_strides([_DRY_RUN_PX // raw.shape[2] for raw in maps])
-
-
-def _gather(kept: dict[int, Tensor], layer: LayerSpec) -> Tensor | list[Tensor]:
-    return [kept[s] for s in layer.source] if isinstance(layer.source, tuple) else kept[layer.source]
-
-
-def _build_rows(spec: ModelSpec) -> list[nn.Module]:
-    widths: dict[int, int] = {IMAGE: 3}
-    scale = _width_scale(spec)
-    modules = []
-    for layer in spec.layers:
-        module, widths[layer.row] = _build_row(layer, [widths[s] for s in layer.sources], scale)
-        modules.append(module)
-    return modules
-
-
-def _build_row(layer: LayerSpec, inputs: list[int], scale: Scale) -> tuple[nn.Module, int]:
-    """The module of one row and its output channels."""
-    try:
-        block = find_block(layer.module)
-    except UserError as error:
-        raise UserError(f"{layer.place}: {error}") from None
-    copies = []
-    for _ in range(1 if block.repeats == "inside" else layer.repeats):
-        module, width = _build_block(block, layer, inputs, scale)
-        copies.append(module)
-        inputs = [width]
-    return (copies[0] if len(copies) == 1 else nn.Sequential(*copies)), width
-
-
-def _build_block(block: Block, layer: LayerSpec, inputs: list[int], scale: Scale) -> tuple[nn.Module, int]:
-    try:
-        args, width = block.channels(inputs, list(layer.args), scale)
-        if block.repeats == "inside":
-            args.insert(2, layer.repeats)
-        inspect.signature(block.cls).bind(*args, **layer.kwargs)
-        return block.cls(*args, **layer.kwargs), width
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        raise UserError(f"{layer.place}: {list(layer.args)} does not fit: {error}; it is built as {_signature(block.cls)}") from None
-
-
-def _signature(cls: type) -> str:
-    parameters = inspect.signature(cls).parameters.values()
-    return f"{cls.__name__}({', '.join(p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in parameters)})"
-
-
-def _width_scale(spec: ModelSpec) -> Scale:
-    """YAML width -> a multiple of 8 times the width multiple; the head's own output count is left alone."""
-    per_level = spec.anchors if isinstance(spec.anchors, int) else len(spec.anchors[0]) // 2
-    outputs = per_level * (spec.nc + 5)
-
-    def scale(width: Any) -> int:
-        if isinstance(width, bool) or not isinstance(width, int) or width <= 0:
-            raise ValueError(f"its width {width!r} is no positive whole number (expressions are not evaluated: write the number)")
-        return width if width == outputs else math.ceil(width * spec.width_multiple / 8) * 8
-
-    return scale
-
-
-def _replace_default_activation(model: nn.Module, new: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
-            module.act = copy.deepcopy(new)
+        return fuse(self, 2 * self.max_stride)
 
 
 class Transfer(NamedTuple):

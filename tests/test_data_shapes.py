@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import cv2
@@ -15,7 +17,7 @@ from utils.errors import UserError
 
 SEEDS = range(40)
 # Of our own drawing, not of any library's output: they change only together with shapes.VERSION.
-PIXELS = {0: "", 1_000_000: ""}
+PIXELS = {0: "2943574c0ff29d96", 1_000_000: "de5359d542f0ac2f"}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,15 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, small):
         shapes.ensure_shapes(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert (shapes.ensure_shapes(tmp_path / "empty", progress=False) / "VERSION").is_file()
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path, small):
+    for name, age_s in ((".set.drawing-old", 7200), (".set.drawing-now", 0)):
+        (tmp_path / name).mkdir()
+        stamp = time.time() - age_s
+        os.utime(tmp_path / name, (stamp, stamp))
+    shapes.ensure_shapes(tmp_path / "set", progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.drawing-now"}, "the other may be at work"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.draw import Tile, draw_boxes, image_grid, palette, save_image
 from utils.errors import UserError
 from utils.evaluate.coco import Detections, Truth
 from utils.evaluate.curves import Curves, curves
 from utils.plots.curves import plot_confusion, plot_metric_curve, plot_pr_curve
 from utils.plots.figures import plain
-from utils.plots.images import Tile, draw_boxes, image_grid, palette, save_image
 from utils.plots.training import plot_labels, plot_results
 
 RED = (0, 0, 255)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
@@ -19,8 +19,13 @@ Check = tuple[Callable[[Any], bool], str]
 POSITIVE: Check = (lambda v: v > 0, "must be above 0")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be 0 or more")
 UNIT: Check = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
+PERIOD: Check = (lambda v: v > 0 or v == -1, "must be above 0, or -1 for never")
 BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the largest that fits in memory")
+NAME: Check = (lambda v: Path(v).name not in ("", ".."), "must be a folder's name")
+SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
+INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
+SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -33,7 +38,7 @@ def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequ
 class Common:
     device: str = option("", "cpu, or a CUDA device's number; the first CUDA device, else the CPU, if left out")
     precision: str = option("auto", "auto: bf16 or fp16 where the device has it natively, else fp32", choices=PRECISIONS)
-    name: str = option("exp", "this run's folder inside --project; a number is added if it exists")
+    name: str = option("exp", "this run's folder inside --project; a number is added if it exists", check=NAME)
     exist_ok: bool = option(False, "write into an existing run folder")
     plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
@@ -56,7 +61,8 @@ class TrainConfig(DataOptions, Common):
     batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))
     imgsz: int = option(640, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
     rect: bool = option(False, "rectangular batches of like aspect ratio, no mosaic")
-    resume: str = option("", "go on with an interrupted run: its last.pt, or the newest under --project", nargs="?", const="newest", metavar="last.pt")
+    resume: str = option("", "go on with an interrupted run: its last.pt, or the newest under --project", nargs="?", const="newest",
+                         metavar="last.pt")
     nosave: bool = option(False, "keep last.pt only, no best.pt until the end")
     noval: bool = option(False, "validate after the last epoch only")
     noautoanchor: bool = option(False, "keep the YAML's anchors whatever their recall")
@@ -71,9 +77,10 @@ class TrainConfig(DataOptions, Common):
     cos_lr: bool = option(False, "cosine instead of linear learning-rate schedule")
     label_smoothing: float = option(0.0, "label smoothing epsilon", check=UNIT)
     patience: int = option(100, "stop after this many epochs without a better fitness; 0 never stops early", check=NOT_NEGATIVE)
-    freeze: tuple[int, ...] = option((0,), "rows to freeze: a number N freezes the first N rows, several name the rows", nargs="+", type=int)
-    save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=(lambda v: v == -1 or v > 0, "must be above 0, or -1 for never"))
-    seed: int = option(0, "seed of everything random", check=NOT_NEGATIVE)
+    freeze: tuple[int, ...] = option((0,), "rows to freeze: a number N freezes the first N rows, several name the rows",
+                                     nargs="+", type=int, check=INDICES)
+    save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
+    seed: int = option(0, "seed of everything random", check=SEED)
     time_limit: float = option(0.0, "stop after the epoch in which this many minutes have passed; 0 sets no limit", check=NOT_NEGATIVE)
 
 
@@ -100,13 +107,12 @@ class ValConfig(DataOptions, Common):
 class DetectConfig(Common):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
     source: str = option("", "image, folder, glob, list file, video, webcam number or stream URL", required=True)
-    imgsz: tuple[int, ...] = option((640,), "image size, pixels: one number, or height and width", nargs="+", type=int,
-                                    check=(lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels"),
+    imgsz: tuple[int, ...] = option((640,), "image size, pixels: one number, or height and width", nargs="+", type=int, check=SIZES,
                                     aliases=("--img", "--img-size"))
     conf_thres: float = option(0.25, "least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.45, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(1000, "most boxes an image", check=POSITIVE)
-    classes: tuple[int, ...] | None = option(None, "keep these class numbers only", nargs="+", type=int)
+    classes: tuple[int, ...] | None = option(None, "keep these class numbers only", nargs="+", type=int, check=INDICES)
     agnostic_nms: bool = option(False, "boxes suppress each other across classes")
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
@@ -123,18 +129,29 @@ class DetectConfig(Common):
     project: str = option("runs/detect", "folder of runs")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, with the nearest flags."""
+
+    def error(self, message: str) -> NoReturn:
+        name, _, words = message.partition(": ")
+        if name == "unrecognized arguments":
+            flag = words.split()[0].partition("=")[0]
+            message = f"unknown argument {flag}{did_you_mean(flag, self._option_string_actions)}"
+        raise UserError(f"{message} (--help lists all flags)")
+
+
 def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
     """Command line -> checked settings.
 
     Raises:
-        UserError: a value out of its range. SystemExit(2): what argparse refuses.
+        UserError: an unknown flag, or a value of another type or out of its range. SystemExit(0): --help.
     """
     return cls(**parse_given(cls, argv, description))
 
 
 def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """Only the settings that the command line names, checked; raises as `parse`."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(cls):
         flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
         arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]

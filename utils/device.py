@@ -17,21 +17,23 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 
 
 def select_device(name: str = "") -> torch.device:
-    """"" -> the first CUDA device, else the CPU; "cpu", "0", "cuda:1" as named. Under torchrun each process takes its own device.
+    """Of "" the first CUDA device, else the CPU; "cpu", "0", "cuda:1" as named. Under torchrun each process takes its own.
 
     Raises:
         UserError: CUDA is asked for and absent, or no such device.
     """
-    name = str(name).strip().lower().removeprefix("cuda:").removeprefix("cuda")
-    if name == "cpu" or (name == "" and not torch.cuda.is_available()):
+    asked = str(name).strip().lower()
+    if asked == "cpu" or (asked == "" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    name = asked.removeprefix("cuda:").removeprefix("cuda")
     if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
+        raise UserError(f"--device {asked}: PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
     if "," in name:
         raise UserError(f"--device {name}: for several GPUs use torchrun --nproc_per_node {name.count(',') + 1} train.py …, with no --device")
-    index = int(os.environ.get("LOCAL_RANK", "0")) if name == "" else int(name) if name.isdigit() else -1
-    if not 0 <= index < torch.cuda.device_count():
-        raise UserError(f"--device {name or index}: there are {torch.cuda.device_count()} CUDA devices, 0 to {torch.cuda.device_count() - 1}; or use cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if name == "" else int(name) if name.isdecimal() else -1
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise UserError(f"--device {name or index}: there are {count} CUDA devices, 0 to {count - 1}; or use cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

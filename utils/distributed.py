@@ -4,10 +4,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import distributed, nn
+
+from utils.errors import UserError
+
+_PATIENCE = timedelta(hours=12)  # the other processes wait while the first one validates
 
 T = TypeVar("T")
 
@@ -24,10 +29,21 @@ class World(NamedTuple):
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Average gradients over the processes; buffers follow the first one."""
+    def wrap(self, model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+        """Average gradients over the processes; buffers follow the first one.
+
+        Args:
+            sync_bn: batch norms see the images of all processes; they are exchanged in `model` itself, the parameters stay.
+
+        Raises:
+            UserError: sync_bn on a CPU, where PyTorch has none.
+        """
         if self.size == 1:
             return model
+        if sync_bn:
+            if device.type != "cuda":
+                raise UserError("--sync-bn needs CUDA devices: leave it out")
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
@@ -38,7 +54,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield World(distributed.get_rank(), size)
     finally:

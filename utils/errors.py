@@ -8,14 +8,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 USER_ERROR = 2
-_DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
+                errno.ENAMETOOLONG}
+_LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line that names the file, the place and the mend."""
+    """Something the user can mend. The message is one line that names the file, the place and the mend.
+
+    What it quotes may come from a hostile file: no control characters reach the terminal, and its middle is cut where it is endless.
+    """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        line = " ".join("".join(c if c.isprintable() else " " for c in super().__str__()).split())
+        return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 3 // 4]} … {line[-_LONGEST // 4 :]}"
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:

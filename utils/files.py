@@ -14,6 +14,7 @@ import yaml
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 100_000, 50  # of a YAML file
 
 
 def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
@@ -22,19 +23,67 @@ def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
     Raises:
         UserError: none exists; the line lists every place tried and the nearest names there.
     """
-    tried = [Path(name).expanduser()]
+    tried = [Path(os.path.expanduser(name))]
     tried += [folder / name for folder in folders if not tried[0].is_absolute()]
     for path in tried:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, also False for a name that no file can have
             return path
-    known = {p.name for t in tried if t.parent.is_dir() for p in t.parent.glob(f"*{Path(name).suffix}")}
-    raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(Path(name).name, known)}")
+    known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix == tried[0].suffix}
+    raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(tried[0].name, known)}")
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (OSError, ValueError):
+        return []
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean A or B?`, or nothing where no known name is near."""
     near = difflib.get_close_matches(str(word), sorted(map(str, known)), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and none of what SafeLoader lets pass: a key twice, aliases that multiply, text that its tag does not fit."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        if root is not None:
+            _measure(root, {})
+        return root
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise OverflowError
+            return value
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise yaml.MarkedYAMLError(problem=f"'{node.value}' is no {node.tag.rpartition(':')[2]}", problem_mark=node.start_mark) from None
+
+
+def _measure(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+    """Values below a node with every alias written out, and how deep they lie."""
+    if node in known:
+        return known[node]
+    known[node] = _MOST_VALUES, 0  # an alias to what is not yet complete contains itself: endless
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' is there twice", problem_mark=key.start_mark)
+            keys.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else key))
+            children += [key, value]
+    sizes = [_measure(child, known) for child in children]
+    count, depth = 1 + sum(size[0] for size in sizes), 1 + max((size[1] for size in sizes), default=0)
+    if count > _MOST_VALUES or depth > _DEEPEST:
+        raise yaml.MarkedYAMLError(problem=f"over {_MOST_VALUES} values or nested deeper than {_DEEPEST}, with every *alias written out",
+                                   problem_mark=node.start_mark)
+    known[node] = count, depth
+    return known[node]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -44,7 +93,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: unreadable, not YAML (with the line), or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8", errors="strict"))
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes are no settings file: is it another kind of file?")
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except RecursionError:
+        raise UserError(f"{path}: nested deeper than {_DEEPEST}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
@@ -72,8 +125,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:  # a rename may reach the disk before the bytes do
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a write that fails, on a full disk say, names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what atomic writes that were killed left in `folder`, where nothing writes now."""
+    for path in folder.glob(f".*.{'[0-9a-f]' * 32}*"):
+        path.unlink(missing_ok=True)
 
 
 def is_writable(path: Path) -> bool:
@@ -84,7 +147,7 @@ def is_writable(path: Path) -> bool:
 
 def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """Create and return `project/name`, or the first free of `name2`, `name3`… unless `exist_ok`."""
-    base = Path(project).expanduser() / name
+    base = Path(os.path.expanduser(project)) / name
     path, n = base, 1
     while True:
         try:

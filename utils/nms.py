@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +12,23 @@ from torchvision.ops import nms as torchvision_nms
 from utils.boxes import cxcywh_to_xyxy
 
 _MAX_CANDIDATES = 30_000  # of one image, best first: bounds the work on an untrained network's noise
-_CLASS_SHIFT_PX = 7680.0  # farther than any box reaches, so that boxes of two classes never overlap
+_STEP = 4  # candidates decided at a time for each box that may be kept
+_CLASS_SHIFT_PX = 2.0**24  # farther than any box reaches, so that boxes of two classes never overlap; exact in float64
+
+
+@dataclass(frozen=True)
+class NmsOptions:
+    """The arguments of `non_max_suppression`, which explains them."""
+
+    conf_thres: float = 0.25
+    iou_thres: float = 0.45
+    multi_label: bool = False
+    agnostic: bool = False
+    classes: Sequence[int] | None = None
+    max_det: int = 1000
+
+
+VALIDATION = NmsOptions(conf_thres=0.001, iou_thres=0.6, multi_label=True, max_det=300)
 
 
 def non_max_suppression(
@@ -30,34 +48,57 @@ def non_max_suppression(
         agnostic: boxes suppress each other across classes.
         classes: keep these classes only.
 
-    An image without a box gives a (0, 6) tensor.
+    An image without a box gives a (0, 6) tensor. Of equal confidences the earlier prediction comes first; what is not finite is left out.
     """
-    candidates = predictions[..., 4] > conf_thres  # before any product or sort: all but a few rows go here
-    return [
-        _suppress(_candidates(image[mask], conf_thres, multi_label and image.shape[1] > 6, classes), iou_thres, agnostic, max_det)
-        for image, mask in zip(predictions, candidates, strict=True)
-    ]
+    # Before any product or sort: all but a few rows go here, as no confidence exceeds the objectness.
+    likely = predictions[..., 4] > conf_thres
+
+    def of_image(image: Tensor, mask: Tensor) -> Tensor:
+        rows = image.index_select(0, mask.nonzero().squeeze(1))
+        conf, cls, row = _candidates(rows, conf_thres, multi_label, classes)
+        return _suppress(cxcywh_to_xyxy(rows[:, :4])[row], conf, cls, iou_thres, agnostic, max_det)
+
+    if predictions.is_cuda or len(predictions) == 1:
+        return list(map(of_image, predictions, likely))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # torchvision's own kernel keeps to one core
+        return list(threads.map(of_image, predictions, likely))
 
 
-def _candidates(rows: Tensor, conf_thres: float, multi_label: bool, classes: Sequence[int] | None) -> Tensor:
-    """Rows (n, 5 + C) whose objectness passes -> (m, 6) corners, confidence, class."""
-    scores = rows[:, 5:] * rows[:, 4:5]
-    if multi_label:
-        row, cls = (scores > conf_thres).nonzero(as_tuple=True)
-        conf = scores[row, cls]
+def _candidates(rows: Tensor, conf_thres: float, multi_label: bool, classes: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (n, 5 + C) whose objectness passes -> confidence, class and row (m,) of each candidate, best first."""
+    unreal = 0 * rows[:, :4].sum(1, keepdim=True)  # not a number where the box is not finite: then no score is above a threshold
+    scores = rows[:, 5:] * (rows[:, 4:5] + unreal)
+    if multi_label and scores.shape[1] > 1:
+        index = (scores > conf_thres).flatten().nonzero().squeeze(1)
+        conf, row, cls = scores.flatten()[index], index // scores.shape[1], index % scores.shape[1]
     else:
         conf, cls = scores.max(1)
-        row = (conf > conf_thres).nonzero(as_tuple=True)[0]
+        row = (conf > conf_thres).nonzero().squeeze(1)
         conf, cls = conf[row], cls[row]
     if classes is not None:
-        keep = torch.isin(cls, torch.as_tensor(classes, device=cls.device, dtype=cls.dtype))
-        row, conf, cls = row[keep], conf[keep], cls[keep]
+        chosen = torch.isin(cls, torch.as_tensor(classes, device=cls.device, dtype=cls.dtype))
+        conf, cls, row = conf[chosen], cls[chosen], row[chosen]
     if len(conf) > _MAX_CANDIDATES:
         conf, best = conf.topk(_MAX_CANDIDATES)
-        row, cls = row[best], cls[best]
-    return torch.cat((cxcywh_to_xyxy(rows[row, :4]), conf[:, None], cls[:, None].to(conf.dtype)), 1)
+        cls, row = cls[best], row[best]
+    conf, order = conf.sort(descending=True, stable=True)
+    return conf, cls[order], row[order]
 
 
-def _suppress(boxes: Tensor, iou_thres: float, agnostic: bool, max_det: int) -> Tensor:
-    shift = 0.0 if agnostic else boxes[:, 5:6] * _CLASS_SHIFT_PX
-    return boxes[torchvision_nms(boxes[:, :4] + shift, boxes[:, 4], iou_thres)[:max_det]]
+def _suppress(xyxy: Tensor, conf: Tensor, cls: Tensor, iou_thres: float, agnostic: bool, max_det: int) -> Tensor:
+    """The boxes that remain of candidates sorted best first.
+
+    They are decided from the best down, some at a time beside those kept so far, so that the many after the last box wanted cost nothing.
+    """
+    boxes, scores = xyxy.double(), conf.double()
+    if not agnostic:
+        boxes += cls[:, None] * _CLASS_SHIFT_PX
+    step = max(_STEP * max_det, 1024)
+    keep = cls[:0]
+    for start in range(0, len(conf), step):
+        pool = torch.cat((keep, torch.arange(start, min(start + step, len(conf)), device=keep.device)))
+        keep = pool[torchvision_nms(boxes.index_select(0, pool), scores.index_select(0, pool), iou_thres)]
+        if len(keep) >= max_det:
+            break
+    keep = keep[:max_det]
+    return torch.cat((xyxy[keep], conf[keep, None], cls[keep, None].to(conf.dtype)), 1)

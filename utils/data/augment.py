@@ -1,4 +1,7 @@
-"""Augmentations as functions of an image, its boxes and a random generator. Images are (H, W, 3) uint8 BGR; boxes (n, 5) class, x1, y1, x2, y2 in pixels."""
+"""Augmentations as functions of an image, its boxes and a random generator.
+
+Images are (H, W, 3) uint8 BGR; boxes (n, 5) class, x1, y1, x2, y2 in pixels.
+"""
 from __future__ import annotations
 
 import math
@@ -32,12 +35,17 @@ def pad_centre(image: np.ndarray, target: tuple[int, int]) -> np.ndarray:
     return cv2.copyMakeBorder(image, top, target[1] - height - top, left, target[0] - width - left, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
 
 
-def letterbox(image: np.ndarray, imgsz: int, stride: int) -> tuple[np.ndarray, Letterbox]:
-    """Longer side to `imgsz`, each side padded to the next multiple of `stride`."""
-    size = image.shape[1], image.shape[0]
-    scaled = scaled_to(size, imgsz)
+def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int) -> tuple[np.ndarray, Letterbox]:
+    """Fit an image into `imgsz` (height, width), its aspect kept, and pad each side to the next multiple of `stride`.
+
+    Bilinear, whichever way it scales: so do the programs whose published figures we are measured by (area averaging moves boxes by up to 10 px).
+    """
+    height, width = image.shape[:2]
+    longer = min(imgsz[0] * max(height, width) // height, imgsz[1] * max(height, width) // width)
+    scaled = scaled_to((width, height), longer)
     target = math.ceil(scaled[0] / stride) * stride, math.ceil(scaled[1] / stride) * stride
-    return pad_centre(resize(image, scaled), target), centre_in(size, scaled, target)
+    resized = image if scaled == (width, height) else cv2.resize(image, scaled, interpolation=cv2.INTER_LINEAR)
+    return pad_centre(resized, target), centre_in((width, height), scaled, target)
 
 
 def mosaic(images: list[np.ndarray], boxes: list[np.ndarray], imgsz: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +77,7 @@ def random_affine(image: np.ndarray, boxes: np.ndarray, hyp: Hyp, out: tuple[int
 
     corners = boxes[:, [1, 2, 3, 4, 1, 4, 3, 2]].reshape(-1, 2)
     moved = np.concatenate((corners, np.ones((len(corners), 1), np.float32)), 1) @ matrix.T
+    ahead = (moved[:, 2] > 0).reshape(-1, 4).all(1)  # a strong perspective puts corners behind the viewer
     moved = (moved[:, :2] / moved[:, 2:]).reshape(-1, 4, 2)
     whole = np.concatenate((moved.min(1), moved.max(1)), 1)
     kept = clip_xyxy(whole, *out)
@@ -76,7 +85,8 @@ def random_affine(image: np.ndarray, boxes: np.ndarray, hyp: Hyp, out: tuple[int
     before = zoom2 * (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
     width, height = kept[:, 2] - kept[:, 0], kept[:, 3] - kept[:, 1]
     aspect = np.maximum(width / (height + 1e-9), height / (width + 1e-9))
-    good = (width > _MIN_SIDE_PX) & (height > _MIN_SIDE_PX) & (width * height > _MIN_AREA_SHARE * before) & (aspect < _MAX_ASPECT)
+    large = (width > _MIN_SIDE_PX) & (height > _MIN_SIDE_PX) & (width * height > _MIN_AREA_SHARE * before)
+    good = ahead & large & (aspect < _MAX_ASPECT)
     return image, np.concatenate((boxes[good, :1], kept[good].astype(np.float32)), 1)
 
 

@@ -151,7 +151,10 @@ def rect_order(split: Split) -> np.ndarray:
 
 
 def rect_targets(split: Split, imgsz: int, stride: int, batch_size: int, pad: float = 0.5) -> np.ndarray:
-    """(N, 2) width, height for each image: of each batch of `rect_order`, the common shape `ceil(side * imgsz / stride + pad) * stride`, side 1 for the longer."""
+    """(N, 2) width, height for each image: the shape that its batch of `rect_order` shares, `ceil(side * imgsz / stride + pad) * stride`.
+
+    `side` is the largest of the batch, relative to each image's longer one.
+    """
     sides = split.sizes / split.sizes.max(1, keepdims=True)
     targets = np.empty((len(sides), 2), np.int64)
     order = rect_order(split)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ CacheMode = Literal["auto", "ram", "disk", "none"]
 class ImageCache:
     """Slots for (H, W, 3) uint8 images of known sizes.
 
-    Loader workers are forked, so that they share the block with their parent. Two that fill one slot at a time write the same bytes.
+    Loader workers are forked, so that they share the block with their parent; where there is no fork, nothing is kept.
+    Two that fill one slot at a time write the same bytes.
     """
 
     def __init__(self, sizes: np.ndarray, mode: CacheMode, budget_bytes: int, folder: Path | None = None) -> None:
@@ -27,6 +29,8 @@ class ImageCache:
             budget_bytes: for auto.
             folder: of the disk file; the system's temporary folder if None.
         """
+        if "fork" not in multiprocessing.get_all_start_methods():
+            mode = "none"  # a worker that is not forked would get a copy of its own
         self._sizes = sizes
         lengths = sizes.astype(np.int64).prod(1) * 3
         ends = lengths.cumsum()
@@ -34,7 +38,7 @@ class ImageCache:
         self._starts = ends - lengths
         total = int(ends[self.capacity - 1]) if self.capacity else 0
         self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
-        self._pixels = _block(total, on_disk=mode == "disk" or "fork" not in multiprocessing.get_all_start_methods(), folder=folder)
+        self._pixels = _block(total, on_disk=mode == "disk", folder=folder)
 
     @property
     def bytes(self) -> int:
@@ -58,6 +62,8 @@ def _block(size: int, on_disk: bool, folder: Path | None) -> np.ndarray:
         return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
     with tempfile.TemporaryFile(dir=folder) as file:  # has no name: gone with the last process that maps it
         file.truncate(max(size, 1))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk is an error here; later, writing through the map, it would kill
         return np.frombuffer(mmap.mmap(file.fileno(), max(size, 1)), np.uint8)
 
 

@@ -1,7 +1,7 @@
 """Pictures of textured, rotated, overlapping shapes on clutter, each a function of its seed alone.
 
-A class is its outline: colour, texture, light and size are drawn independently of it. Everything is integer arithmetic on PCG64's raw bits, so that
-no version of a library, processor or libm changes a pixel.
+A class is its outline, with a hint in its colour; texture, light and size are drawn independently of it. Everything is integer arithmetic on
+PCG64's raw bits, so that no version of a library, processor or libm changes a pixel.
 """
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
+NAMES = ("circle", "triangle", "star", "cross")
 SIZES = ((256, 256), (256, 192), (192, 256), (256, 224), (224, 256))  # width, height
 
 _PX = 64  # vertices and texture coordinates are in 1/64 pixel
 _UNIT = 1024  # radius of the outlines below
-_MIN_VISIBLE = 30  # per cent of an object's area; one that is hidden more than this allows gets no label
+_HUES = 6 * 256
+_HUE_REACH = 160  # about its class's own hue: a hint, shared by two classes at its ends
+_MIN_VISIBLE = 40  # per cent of an object's area; one that is hidden more than this allows gets no label
 _MIN_SIDE = 5  # pixels; the shortest side of a labelled box
 _COS = [round(4096 * math.cos(math.radians(a))) for a in range(360)]
 
@@ -169,9 +171,9 @@ def _pattern(dice: _Dice, width: int, height: int) -> np.ndarray:
     return np.clip((radius * radius - squared) * 2 // radius + 128, 0, 256)
 
 
-def _colour(dice: _Dice, saturation: tuple[int, int], value: tuple[int, int]) -> Colour:
-    """BGR of a random hue."""
-    sector, rise = divmod(dice.draw(0, 6 * 256 - 1), 256)
+def _colour(dice: _Dice, saturation: tuple[int, int], value: tuple[int, int], hue: int | None = None) -> Colour:
+    """BGR of the hue (0 … 1535, from red through green and blue), or of a random one."""
+    sector, rise = divmod(dice.draw(0, _HUES - 1) if hue is None else hue % _HUES, 256)
     s, v = dice.draw(*saturation), dice.draw(*value)
     low, falling, rising = v * (256 - s) // 256, v * (256 * 256 - s * rise) // 65536, v * (256 * 256 - s * (256 - rise)) // 65536
     return ((low, rising, v), (low, v, falling), (rising, v, low), (v, falling, low), (v, low, rising), (falling, low, v))[sector]
@@ -193,12 +195,12 @@ class _Canvas:
 
     def __init__(self, dice: _Dice, width: int, height: int) -> None:
         self.dice, self.width, self.height = dice, width, height
-        base = _colour(dice, (10, 90), (60, 230))
+        base = _colour(dice, (10, 70), (60, 210))
         self.pixels = _surface(dice, width, height, base, _near(dice, base, 50))
         self.pixels += (_surface(dice, width, height, (0, 0, 0), (48, 48, 48)) - 24) * dice.draw(0, 256) // 256
         self.owner = np.full((height, width), -1)  # object on top, -1 where there is none
 
-    def paint(self, contours: list[Contour], owner: int = -1) -> None:
+    def paint(self, contours: list[Contour], owner: int = -1, hue: int | None = None) -> None:
         """Lay a textured piece with a soft shadow on top of what is there."""
         dice = self.dice
         points = np.concatenate(contours) // _PX
@@ -215,8 +217,8 @@ class _Canvas:
         shadow = np.zeros_like(inside)
         shadow[dy:, dx:] = inside[: height - dy, : width - dx]
         shadow = _blur(shadow, (1, 2)) * dice.draw(40, 120) >> 8
-        first = _colour(dice, (60, 230), (60, 250))
-        second = _near(dice, first, 70) if dice.chance(65) else _colour(dice, (60, 230), (60, 250))
+        first = _colour(dice, (120, 240), (110, 250), hue)
+        second = _near(dice, first, 70) if dice.chance(65) else _colour(dice, (60, 240), (60, 250), hue)
         x, y = _grid(width, height)
         light = 276 - (x * 256 // width + y * 256 // height) * 40 // 256  # as if lit from the upper left
         piece = np.minimum(_surface(dice, width, height, first, second) * light >> 8, 255)
@@ -259,9 +261,9 @@ def _blur(image: np.ndarray, reaches: Sequence[int]) -> np.ndarray:
 
 
 def _side_px(dice: _Dice, longest: int) -> int:
-    """An object's size: each octave from 8 px to half the image has its share."""
-    low = dice.pick((8, 16, 16, 32, 32, 32, 64, 64, 64, 64))
-    return dice.draw(low, min(2 * low, longest // 2))
+    """An object's size: mostly a fifth of the image, with small and large ones among them."""
+    low = dice.pick((10, 20, 36, 36, 36, 36, 36, 48, 48, 64))
+    return dice.draw(low, min(low * 3 // 2, longest // 2))
 
 
 def render(seed: int) -> Scene:
@@ -269,19 +271,20 @@ def render(seed: int) -> Scene:
     dice = _Dice(seed)
     width, height = dice.pick(SIZES)
     canvas = _Canvas(dice, width, height)
-    canvas.clutter(6)
-    count = 0 if dice.chance(4) else dice.draw(3, 12)
+    canvas.clutter(3)
+    count = 0 if dice.chance(3) else dice.draw(6, 16)
     sides = sorted((_side_px(dice, max(width, height)) for _ in range(count)), reverse=True)  # small ones lie on top of large ones
     classes, areas, centre = [], [], (width // 2, height // 2)
     for side in sides:
-        beside = classes and dice.chance(35)  # and partly over the one before
+        beside = classes and dice.chance(15)  # and partly over the one before
         centre = tuple(c + dice.draw(-side, side) for c in centre) if beside else (dice.draw(0, width), dice.draw(0, height))
         name = dice.draw(0, len(NAMES) - 1)
-        contours = _place(_OUTLINES[NAMES[name]], (side, side * dice.draw(65, 100) // 100), centre, dice.draw(0, 359))
-        canvas.paint(contours, len(classes))
+        contours = _place(_OUTLINES[NAMES[name]], (side, side * dice.draw(80, 100) // 100), centre, dice.draw(0, 359))
+        hue = name * _HUES // len(NAMES) + dice.draw(-_HUE_REACH, _HUE_REACH)
+        canvas.paint(contours, len(classes), hue if dice.chance(80) else None)
         classes.append(name)
         areas.append(_area_px(contours))
-    canvas.clutter(3)
+    canvas.clutter(2)
     return _truth(canvas.finished(), canvas.owner, classes, areas)
 
 
@@ -290,7 +293,8 @@ def _truth(image: np.ndarray, owner: np.ndarray, classes: list[int], areas: list
     masks, boxes, kept = [], [], []
     for i, (name, area) in enumerate(zip(classes, areas, strict=True)):
         mask = owner == i
-        if 100 * np.count_nonzero(mask) < _MIN_VISIBLE * area or not mask.any():
+        visible = np.count_nonzero(mask)
+        if not visible or 100 * visible < _MIN_VISIBLE * area:
             continue
         x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
         box = x[0], y[0], x[-1] + 1, y[-1] + 1
@@ -298,5 +302,5 @@ def _truth(image: np.ndarray, owner: np.ndarray, classes: list[int], areas: list
             masks.append(mask)
             boxes.append(box)
             kept.append(name)
-    stacked = np.array(masks, bool).reshape(-1, *owner.shape)
-    return Scene(np.ascontiguousarray(image), np.array(boxes, np.int64).reshape(-1, 4), np.array(kept, np.int64), stacked)
+    xyxy, stacked = np.array(boxes, np.int64).reshape(-1, 4), np.array(masks, bool).reshape(-1, *owner.shape)
+    return Scene(np.ascontiguousarray(image), xyxy, np.array(kept, np.int64), stacked)

@@ -48,10 +48,11 @@ def ensure_shapes(root: Path, progress: bool = True) -> Path:
     if taken and not (_version(root) or "").startswith(_KIND):
         raise UserError(f"{root}: holds other files than the generated shapes; name a new folder or remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
-    for left in root.parent.glob(f".{root.name}.*"):
+    prefix = f".{root.name}.drawing-"
+    for left in root.parent.glob(f"{prefix}*"):
         if time.time() - left.stat().st_mtime > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=root.parent))
     try:
         if progress:
             info(f"shapes: drawing {sum(SPLITS.values())} images in {root}, once")
@@ -135,14 +136,16 @@ def _with_boxes(scene: Scene) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the embedded data set of shapes.")
     parser.add_argument("--out", type=Path, required=True, help="folder for images/ and labels/")
-    parser.add_argument("--sheet", type=Path, help="also draw a contact sheet of labelled test images, e.g. sheet.png")
+    parser.add_argument("--sheet", type=Path, help="also draw a contact sheet of labelled test images, as PNG")
     args = parser.parse_args(argv)
     ensure_shapes(args.out)
     if args.sheet:
         scenes = (render(_seed("test", i)) for i in itertools.count())
         crowded = itertools.islice((s for s in scenes if len(s.boxes) > 3 and s.image.shape == (256, 256, 3)), _ON_SHEET)
+        sheet = draw_sheet(list(crowded))
+        sheet = sheet & 0xF0 | sheet >> 4  # 16 levels are dithered by the noise, and the PNG is a third as large
         with atomic_write(args.sheet) as temporary:
-            temporary.write_bytes(cv2.imencode(args.sheet.suffix or ".png", draw_sheet(list(crowded)))[1].tobytes())
+            temporary.write_bytes(cv2.imencode(".png", sheet, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes())
     return 0
 
 

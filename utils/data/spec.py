@@ -65,6 +65,11 @@ class DataSpec:
         return "mend 'path:', or name the folder that holds the data sets with --data-root or YOLO_DATASETS"
 
 
+def find_data_yaml(name: str) -> Path:
+    """The data YAML of that name, here or in data/; the suffix may be left out."""
+    return find_file(name if Path(name).suffix else f"{name}.yaml", [ROOT / "data"], "data YAML").absolute()
+
+
 def load_data_spec(name: str, data_root: str | None = None) -> DataSpec:
     """Find `name` (here or in data/), check it and find its root: beside the YAML, in the data root, in datasets/, in the working folder.
 
@@ -74,7 +79,7 @@ def load_data_spec(name: str, data_root: str | None = None) -> DataSpec:
     Raises:
         UserError: no such YAML, or a mistake in it.
     """
-    file = find_file(name if Path(name).suffix else f"{name}.yaml", [ROOT / "data", Path.cwd()], "data YAML").absolute()
+    file = find_data_yaml(name)
     content = read_yaml(file)
     _reject_unknown(file, content, _KEYS)
     kind = content.get("format", "yolo")

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LOOKS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored left to right
-_STRIDE = 32
 _GREY = 114 / 255
 
 
@@ -16,7 +15,7 @@ class Augmented:
     """`network` with the boxes of all three looks joined; suppression settles which remain."""
 
     def __init__(self, network) -> None:
-        self.network = network
+        self.network, self.stride = network, network.max_stride
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> decoded boxes of each look, in the pixels of `images`."""
@@ -31,7 +30,7 @@ class Augmented:
         if scale != 1:
             small = round(height * scale), round(width * scale)
             seen = F.interpolate(seen, small, mode="bilinear", align_corners=False)
-            right, bottom = (math.ceil(side * scale / _STRIDE) * _STRIDE - s for side, s in ((width, small[1]), (height, small[0])))
+            right, bottom = (math.ceil(side * scale / self.stride) * self.stride - s for side, s in ((width, small[1]), (height, small[0])))
             seen = F.pad(seen, (0, right, 0, bottom), value=_GREY)
         boxes = self.network.decode(self.network(seen))
         boxes[..., :4] /= scale

@@ -1,41 +1,26 @@
 """Validation: every image of a split through a network, its boxes brought back to the original pixels and scored."""
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.data.dataset import Batch
 from utils.data.labels import Split
-from utils.device import autocast
+from utils.errors import UserError
 from utils.evaluate.coco import CocoScores, coco_scores
 from utils.evaluate.curves import Curves, curves
 from utils.evaluate.matching import Detections, Truth
-from utils.errors import UserError
 from utils.log import is_main_process, warn
-from utils.nms import non_max_suppression
-
-
-class Network(Protocol):
-    """What validation needs of a model: raw outputs, and their decoding to (B, N, 5 + C) boxes."""
-
-    def __call__(self, images: Tensor) -> list[Tensor]: ...
-
-    def decode(self, outputs: list[Tensor]) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class NmsOptions:
-    conf_thres: float = 0.001
-    iou_thres: float = 0.6
-    max_det: int = 300
+from utils.network import Network, infer, inference_threads
+from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
 
 class Speed(NamedTuple):
@@ -70,19 +55,13 @@ class ValResult:
                 "mAP50": float(np.nan_to_num(s.ap50)), "mAP50-95": float(np.nan_to_num(s.ap))}
 
 
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images of a batch to float 0..1 on the device, channels last."""
-    return images.to(device, non_blocking=True).float().div_(255)
-
-
-@torch.inference_mode()
 def validate(
     network: Network,
     loader: Iterable[Batch],
     split: Split,
     device: torch.device,
     dtype: torch.dtype,
-    nms: NmsOptions = NmsOptions(),
+    nms: NmsOptions = VALIDATION,
     criterion: Callable | None = None,
     single_cls: bool = False,
 ) -> ValResult:
@@ -90,44 +69,72 @@ def validate(
 
     Args:
         loader: of a RectDataset over `split`.
-        criterion: `criterion(outputs, targets).parts` is averaged if given.
+        criterion: `criterion(outputs, targets).parts` is averaged over images if given.
         single_cls: every box counts as class 0, whatever the network calls it.
     """
+    nms = dataclasses.replace(nms, multi_label=nms.multi_label and not single_cls, agnostic=nms.agnostic or single_cls)
     indices: list[int] = []
-    detections: list[Detections] = []
-    losses = []
-    load = inference = suppression = 0.0
-    end = time.perf_counter()
-    for batch in _progress(loader):
-        start = time.perf_counter()
-        load += start - end
-        images = to_input(batch.images, device)
-        with autocast(device, dtype):
-            outputs = network(images)
-        decoded = network.decode(outputs)
-        _wait(device)
-        inferred = time.perf_counter()
-        inference += inferred - start
-        for boxes, letterbox in zip(non_max_suppression(decoded, **vars(nms), multi_label=not single_cls, agnostic=single_cls), batch.letterboxes, strict=True):
-            boxes = boxes.double().cpu().numpy()
-            cls = np.zeros(len(boxes), np.int64) if single_cls else boxes[:, 5].astype(np.int64)
-            detections.append(Detections(letterbox.back(boxes[:, :4]), boxes[:, 4], cls))
-        suppression += time.perf_counter() - inferred
-        indices.extend(batch.indices)
-        if criterion is not None:
-            losses.append(criterion(outputs, batch.targets.to(device)).parts.cpu().numpy())
-        end = time.perf_counter()
+    shares: list[_Share] = []
+    load, end = 0.0, time.perf_counter()
+    with inference_threads(device) as (pool, workers):
+        for batch in tqdm(loader, desc="val", leave=False, dynamic_ncols=True, disable=not is_main_process()):
+            load += time.perf_counter() - end
+            shares += pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, workers))
+            indices.extend(batch.indices)
+            end = time.perf_counter()
+    detections = [found for share in shares for found in share.detections]
+    if single_cls:
+        detections = [found._replace(cls=np.zeros_like(found.cls)) for found in detections]
     truths = [truth_of(split, i) for i in indices]
     per_image = 1e3 / max(len(indices), 1)
+    inference, suppression = (sum(getattr(share, name) for share in shares) / workers for name in ("inference_s", "nms_s"))
+    losses = [(share.loss, len(share.detections)) for share in shares if share.loss is not None]
     return ValResult(
         indices=tuple(indices),
         truths=truths,
         detections=detections,
         scores=coco_scores(truths, detections, len(split.names)),
         curves=curves(truths, detections, len(split.names)),
-        loss=np.mean(losses, 0) if losses else None,
+        loss=np.average([loss for loss, _ in losses], 0, [images for _, images in losses]) if losses else None,
         speed=Speed(load * per_image, inference * per_image, suppression * per_image),
     )
+
+
+class _Share(NamedTuple):
+    """What one thread found in its share of a batch."""
+
+    detections: list[Detections]
+    loss: np.ndarray | None
+    inference_s: float
+    nms_s: float
+
+
+def _score_share(
+    network: Network, batch: Batch, device: torch.device, dtype: torch.dtype, nms: NmsOptions, criterion: Callable | None
+) -> _Share:
+    start = time.perf_counter()
+    outputs, decoded = infer(network, batch.images, device, dtype)
+    inferred = time.perf_counter()
+    detections = []
+    for boxes, letterbox in zip(non_max_suppression(decoded, **vars(nms)), batch.letterboxes, strict=True):
+        boxes = boxes.double().cpu().numpy()
+        detections.append(Detections(letterbox.back(boxes[:, :4]), boxes[:, 4], boxes[:, 5].astype(np.int64)))
+    done = time.perf_counter()
+    with torch.inference_mode():
+        loss = criterion(outputs, batch.targets.to(device)).parts.cpu().numpy() if criterion else None
+    return _Share(detections, loss, inferred - start, done - inferred)
+
+
+def _split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """A batch's images in order, in at most `parts` batches of about one size."""
+    size = -(-len(batch.indices) // parts)
+    shares = []
+    for start in range(0, len(batch.indices), size):
+        end = start + size
+        own = batch.targets[(batch.targets[:, 0] >= start) & (batch.targets[:, 0] < end)]
+        own = own - own.new_tensor((start, 0, 0, 0, 0, 0))
+        shares.append(Batch(batch.images[start:end], own, batch.indices[start:end], batch.letterboxes[start:end]))
+    return shares
 
 
 def check_classes(names: Sequence[str], wanted: Sequence[str], single_cls: bool, weights: str) -> None:
@@ -139,7 +146,8 @@ def check_classes(names: Sequence[str], wanted: Sequence[str], single_cls: bool,
     if single_cls or tuple(names) == tuple(wanted):
         return
     if len(names) != len(wanted):
-        raise UserError(f"{weights}: knows {len(names)} classes, the data has {len(wanted)}: use the data YAML that it was trained on, or --single-cls")
+        raise UserError(f"{weights}: knows {len(names)} classes, the data has {len(wanted)}: "
+                        "use the data YAML that it was trained on, or --single-cls")
     differing = next((n, a, b) for n, (a, b) in enumerate(zip(names, wanted, strict=True)) if a != b)
     warn(f"{weights}: class {differing[0]} is named {differing[1]} there and {differing[2]} in the data: scored by number")
 
@@ -151,12 +159,3 @@ def truth_of(split: Split, index: int) -> Truth:
     xyxy = cxcywh_to_xyxy(rows[:, 1:]) * np.tile(split.sizes[index], 2)
     area = None if split.areas is None else np.concatenate((split.areas[index], split.crowd_areas[index]))
     return Truth(xyxy, rows[:, 0].astype(np.int64), area, np.arange(len(rows)) >= len(boxes))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # else the clock would stop before the work does
-
-
-def _progress(loader: Iterable[Batch]) -> Iterator[Batch]:
-    return iter(tqdm(loader, desc="val", leave=False, dynamic_ncols=True, disable=not is_main_process()))

@@ -1,1 +1,1 @@
-"""Pictures: boxes on images (`images`, OpenCV alone), curves of a validation (`curves`) and of a training (`training`), both by Matplotlib."""
+"""Pictures by Matplotlib: curves of a validation (`curves`) and of a training (`training`), and the sheets of a run (`run`)."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from utils.draw import palette
 from utils.files import atomic_write
-from utils.plots.images import palette
 
 INK, FAINT = "#222222", "#bbbbbb"
 _DPI = 150

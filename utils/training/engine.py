@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -14,8 +13,8 @@ from tqdm import tqdm
 from utils.data.dataset import Batch
 from utils.device import autocast, peak_memory_bytes
 from utils.errors import UserError
-from utils.evaluate.validate import to_input
 from utils.log import is_main_process
+from utils.network import to_input
 from utils.training.loss import DetectionLoss, Loss
 from utils.training.schedule import Step
 from utils.training.stepper import Stepper
@@ -74,7 +73,8 @@ def _finite_parts(loss: Loss, n: int) -> np.ndarray:
     parts = loss.parts.cpu().numpy().astype(np.float64)
     if not np.isfinite(parts).all():
         named = ", ".join(f"{name} {value:.4g}" for name, value in zip(Loss.NAMES, parts, strict=True))
-        raise UserError(f"the loss is not finite at batch {n} of this epoch ({named}): lower lr0 in --hyp, or try --precision fp32; last.pt holds the epoch before")
+        raise UserError(f"the loss is not finite at batch {n} of this epoch ({named}): lower lr0 in --hyp, or try --precision fp32; "
+                        "last.pt holds the epoch before")
     return parts
 
 

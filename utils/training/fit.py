@@ -20,20 +20,23 @@ from utils.data.loader import EpochBatches, make_loader
 from utils.data.open import val_loader
 from utils.device import compute_dtype, peak_memory_bytes
 from utils.distributed import World
-from utils.evaluate.report import draw_data, draw_validation, score_table
-from utils.evaluate.validate import NmsOptions, ValResult, validate
-from utils.files import atomic_write
+from utils.errors import UserError
+from utils.evaluate.table import score_table
+from utils.evaluate.validate import ValResult, validate
+from utils.files import atomic_write, remove_leftovers
 from utils.log import info
+from utils.plots.run import draw_data, draw_validation
 from utils.plots.training import plot_results
-from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.ema import ModelEma
+from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.loss import DetectionLoss
-from utils.training.optim import build_optimizer
+from utils.training.optim import build_optimizer, load_optimizer
 from utils.training.schedule import settings, warmup_steps
 from utils.training.state import TrainState
 from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
 
+_ALONE = World()
 _MIN_STRIDE = 32  # batches are padded to this at least, whatever the head
 
 
@@ -42,7 +45,7 @@ class Training:
 
     def __init__(
         self, model: torch.nn.Module, train_split: Split, val_split: Split, config: TrainConfig, hyp: Hyp, run_dir: Path, device: torch.device,
-        world: World = World(), state: TrainState | None = None,
+        world: World = _ALONE, state: TrainState | None = None,
     ) -> None:
         """
         Args:
@@ -59,7 +62,7 @@ class Training:
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
         self.stepper = Stepper(model, build_optimizer(model, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
-        self.network = world.wrap(model, device)
+        self.network = world.wrap(model, device, config.sync_bn)
         self.scalars = Scalars(run_dir) if world.rank == 0 else None
         self.result: ValResult | None = None
         if state:
@@ -71,7 +74,7 @@ class Training:
         while self.state.epoch < self.config.epochs:
             epoch = self.state.epoch
             epoch_start = time.perf_counter()
-            trained = self._train(epoch, _eta(epoch_start - start, epoch - done, self.config.epochs - epoch))
+            trained = self.train_one_epoch(epoch, _eta(epoch_start - start, epoch - done, self.config.epochs - epoch))
             stop = False
             if self.world.rank == 0:
                 self._validate(epoch)
@@ -122,7 +125,8 @@ class Training:
             self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size, stride, config.workers, self.device, config.cache,
                                          max(budget - cache.bytes, 0))
 
-    def _train(self, epoch: int, eta: str) -> EpochResult:
+    def train_one_epoch(self, epoch: int, eta: str = "") -> EpochResult:
+        """One pass over the training split; the caller counts epochs, validates and saves."""
         config = self.config
         torch.manual_seed(config.seed + epoch)  # dropout's stream depends on the epoch alone: a resumed run draws the same
         self.batches.epoch = epoch
@@ -133,7 +137,7 @@ class Training:
         return train_epoch(
             self.network, self.train_loader, self.criterion, self.stepper,
             settings=lambda n: settings(self.state.step + n, epoch, config.epochs, warmup, config.batch_size, self.hyp, config.cos_lr),
-            resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}", world=self.world.size,
+            resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}".rstrip(), world=self.world.size,
         )
 
     def _image_weights(self) -> np.ndarray | None:
@@ -152,7 +156,7 @@ class Training:
             self.result = None
             return
         network = self.stepper.ema.model.fused()
-        self.result = validate(network, self.val_loader, self.val_split, self.device, self.dtype, NmsOptions(), self.criterion)
+        self.result = validate(network, self.val_loader, self.val_split, self.device, self.dtype, criterion=self.criterion)
         self.state.class_ap = np.nan_to_num(self.result.scores.per_class_ap).tolist()
 
     def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
@@ -197,12 +201,12 @@ class Training:
 
     def _save(self) -> None:
         state, weights_dir = self.state, self.run_dir / "weights"
-        if state.finished and not (weights_dir / "best.pt").exists():  # --nosave, --noval, or nothing ever found
+        if state.finished and (self.config.nosave or state.best_fitness < 0):  # --noval and stopped early; what lies there is another run's
             self._save_best()
         if self.config.save_period > 0 and state.epoch % self.config.save_period == 0:
             save_checkpoint(weights_dir / f"epoch{state.epoch}.pt", self._checkpoint(half=True))
-        state.model, state.optimizer, state.scaler = dict(self.model.state_dict()), self.stepper.optimizer.state_dict(), self.stepper.scaler.state_dict()
-        state.ema_updates = self.stepper.ema.updates
+        state.model, state.optimizer = dict(self.model.state_dict()), self.stepper.optimizer.state_dict()
+        state.scaler, state.ema_updates = self.stepper.scaler.state_dict(), self.stepper.ema.updates
         checkpoint = self._checkpoint(half=False)
         checkpoint.training = state.to_dict()
         save_checkpoint(weights_dir / "last.pt", checkpoint)
@@ -211,18 +215,26 @@ class Training:
         """Averaged weights are the checkpoint's own: `model` came with them; the raw ones replace them here."""
         self.stepper.ema.updates = state.ema_updates
         self.model.load_state_dict(state.model)
-        self.stepper.optimizer.load_state_dict(state.optimizer)
+        load_optimizer(self.stepper.optimizer, state.optimizer)
         self.stepper.scaler.load_state_dict(state.scaler)
         if self.world.rank == 0:
-            for leftover in (self.run_dir / "weights").glob(".*.pt"):  # of a save that was killed
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(self.run_dir)
+            remove_leftovers(self.run_dir / "weights")
 
 
 def _freeze(model: torch.nn.Module, freeze: tuple[int, ...]) -> None:
-    """YOLOv5's rule: one number freezes that many first rows, several name the rows."""
-    rows = freeze if len(freeze) > 1 else range(freeze[0])
+    """YOLOv5's rule: one number freezes that many first rows, several name the rows.
+
+    Raises:
+        UserError: a row that the network has not, or nothing left to train.
+    """
+    rows, count = freeze if len(freeze) > 1 else range(freeze[0]), len(model.model)
+    if min(freeze) < 0 or max(rows, default=0) >= count:
+        raise UserError(f"--freeze {' '.join(map(str, freeze))}: the network's rows are 0 to {count - 1}")
     for row in rows:
         model.model[row].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--freeze {' '.join(map(str, freeze))}: leaves nothing to train")
 
 
 def _eta(seconds: float, done: int, left: int) -> str:

@@ -38,14 +38,16 @@ def fit_batch(model: nn.Module, batch_size: int, imgsz: int, device: torch.devic
     """`batch_size` (over all processes), or for -1 the largest that fits in memory, at most the set's own number of images.
 
     Raises:
-        UserError: the batch does not fit; the line says which would.
+        UserError: the batch does not fit, or can't be shared out evenly; the line says which would.
     """
+    if batch_size != -1 and batch_size % world_size:
+        raise UserError(f"--batch-size {batch_size} counts the images of all {world_size} processes: use a multiple of {world_size}")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world_size
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
     each = bytes_per_image(model, imgsz, device)
     fits = max(int((free * _USABLE - state) / each), 0) * world_size if free else _LARGEST
     if batch_size == -1:
-        batch_size = max(min(fits, _LARGEST, images), 1)
+        batch_size = max(min(fits, _LARGEST, images) // world_size, 1) * world_size
         info(f"--batch-size -1: {batch_size} images of {each / 2**20:.0f} MB each, {free / 2**30:.1f} GB free")
     if batch_size > fits:
         raise UserError(f"--batch-size {batch_size} at {imgsz} px needs about {(batch_size * each / world_size + state) / 2**30:.1f} GB a process, "

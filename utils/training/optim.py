@@ -1,6 +1,8 @@
 """Optimizers with YOLOv5's three parameter groups."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,6 +26,15 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> t
         return torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True, fused=True)
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
     return cls(groups, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up a saved state, each tensor laid out in memory like its parameter: a fused step pairs the two by place, and files hold plain order."""
+    optimizer.load_state_dict(state)
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value is not None and value.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter).copy_(value)
 
 
 def apply_step(optimizer: torch.optim.Optimizer, step: Step) -> None:

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp, newest_last
+from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import new_run_dir, write_yaml
 from utils.log import info
@@ -26,8 +28,11 @@ class Run:
 
 
 def new_run(given: dict[str, Any]) -> Run:
+    """A run of these settings, its files named so that --resume finds them from any folder."""
     config = TrainConfig(**given)
-    return Run(config, load_hyp(config.hyp))
+    paths = {"data": str(find_data_yaml(config.data))}
+    paths |= {name: os.path.abspath(value) for name in ("data_root", "plugin") if (value := getattr(config, name))}
+    return Run(dataclasses.replace(config, **paths), load_hyp(config.hyp))
 
 
 def resumed_run(given: dict[str, Any]) -> Run:
@@ -41,10 +46,14 @@ def resumed_run(given: dict[str, Any]) -> Run:
     last = newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else Path(asked)
     for name in given:
         if name not in _MAY_CHANGE:
-            raise UserError(f"--resume goes on with the run's own settings: leave out --{name.replace('_', '-')}, or start anew with --weights {last}")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume goes on with the run's own settings: leave out {flag}, or start anew with --weights {last}")
     checkpoint = load_checkpoint(last)
     state = TrainState.from_dict(checkpoint.training, str(last))
-    config = TrainConfig(**state.config | given)
+    try:
+        config = TrainConfig(**state.config | given | {"resume": str(last)})
+    except TypeError as error:
+        raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
         raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
     state.config, state.finished = dataclasses.asdict(config), False

@@ -10,11 +10,11 @@ from utils.boxes import cxcywh_to_xyxy
 from utils.data.dataset import Sample
 from utils.data.images import ImageError, read_image
 from utils.data.labels import Split
+from utils.draw import Tile, image_grid, palette
 from utils.evaluate.confusion import confusion_matrix
 from utils.evaluate.matching import Detections, Truth
 from utils.evaluate.validate import ValResult
 from utils.plots.curves import plot_confusion, plot_metric_curve, plot_pr_curve
-from utils.plots.images import Tile, image_grid, palette
 from utils.plots.training import plot_labels
 
 _SHEETS = 3
@@ -66,24 +66,3 @@ def _pair(truth: Truth, found: Detections, split: Split, index: int) -> list[Til
         Tile(image, truth.xyxy, [split.names[c] for c in truth.cls], [palette(int(c)) for c in truth.cls], f"{name}: truth"),
         Tile(image, found.xyxy[shown], labels, [palette(int(c)) for c in found.cls[shown]], f"{name}: predicted"),
     ]
-
-
-def score_table(result: ValResult, split: Split, per_class: bool) -> str:
-    """Images, objects, P, R, F1 (at the confidence of the best F1), mAP50 and mAP50-95: a line for all, and one for each class that has truth."""
-    m, scores, c = result.metrics(), result.scores, result.curves
-    width = max(8, *(min(len(name), 24) for name in split.names))
-    lines = [f"{'class':>{width}}  {'images':>7}  {'objects':>8}  {'P':>7}  {'R':>7}  {'F1':>7}  {'mAP50':>7}  {'mAP50-95':>8}"]
-
-    def line(name: str, images: int, objects: int, values: tuple[float, ...]) -> str:
-        return f"{name[:24]:>{width}}  {images:>7}  {objects:>8}  " + "  ".join(f"{v:>{8 if n == 4 else 7}.4f}" for n, v in enumerate(values))
-
-    counts = np.array([np.bincount(t.cls, minlength=len(split.names)) for t in result.truths])
-    lines.append(line("all", len(result.truths), int(counts.sum()), tuple(m.values())))
-    if per_class and len(split.names) > 1:
-        for k in c.classes:
-            values = (c.precision_at_best[k], c.recall_at_best[k], c.f1_at_best[k], scores.per_class_ap50[k], scores.per_class_ap[k])
-            lines.append(line(split.names[k], int((counts[:, k] > 0).sum()), int(counts[:, k].sum()), values))
-    by_size = ", ".join(f"{name} {value:.4f}" for name, value in
-                        (("small", scores.ap_small), ("medium", scores.ap_medium), ("large", scores.ap_large)) if np.isfinite(value))
-    lines.append(f"mAP50-95 by size: {by_size or 'no truth'}; mAP75 {scores.ap75:.4f}; P, R, F1 at confidence {c.best_conf:.3f}")
-    return "\n".join(lines)

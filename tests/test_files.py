@@ -1,0 +1,211 @@
+"""Finding, reading and writing files: every place tried is named, YAML is plain data, a write happens whole or not at all."""
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.errors import USER_ERROR, UserError, script
+from utils.files import ROOT, atomic_write, did_you_mean, find_file, is_writable, new_run_dir, read_yaml, write_yaml
+
+# Finding
+
+
+def test_the_first_place_wins(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.yaml").write_text(name)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert find_file("x.yaml", folders, "YAML") == tmp_path / "a" / "x.yaml"
+    monkeypatch.chdir(tmp_path / "b")
+    assert find_file("x.yaml", folders, "YAML") == Path("x.yaml")
+    assert find_file(tmp_path / "b" / "x.yaml", folders, "YAML") == tmp_path / "b" / "x.yaml"
+    monkeypatch.setenv("HOME", str(tmp_path / "a"))
+    assert find_file("~/x.yaml", [], "YAML") == tmp_path / "a" / "x.yaml"
+
+
+def test_every_place_tried_is_named(tmp_path):
+    (tmp_path / "bccd.yaml").write_text("")
+    (tmp_path / "bcd.txt").write_text("")
+    with pytest.raises(UserError) as raised:
+        find_file("bcd.yaml", [tmp_path, tmp_path / "none"], "data YAML")
+    assert str(raised.value) == f"bcd.yaml: no such data YAML; looked at bcd.yaml, {tmp_path}/bcd.yaml, {tmp_path}/none/bcd.yaml; did you mean bccd.yaml?"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x\0y", "a" * 300, "a/" * 100, "~nosuchuser/x.yaml", "x.[", "x.**", "*", "\ud800", "/", "\n", "COM1"])
+def test_names_that_no_file_has(tmp_path, name):
+    with pytest.raises(UserError, match="no such"):
+        find_file(name, [tmp_path], "YAML")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="no such"):
+        find_file(tmp_path, [], "YAML")
+
+
+def test_nearest_names():
+    assert did_you_mean("mosiac", ["mosaic", "mixup"]) == "; did you mean mosaic?"
+    assert did_you_mean("yolov5", ["yolov5s", "yolov5m", "yolov3"]).count(" or ") == 2
+    assert did_you_mean("zzz", ["mosaic"]) == did_you_mean("", []) == did_you_mean(3, ["mosaic"]) == ""
+    start = time.process_time()
+    did_you_mean("a" * 100_000, [f"name{n}" for n in range(1000)])
+    assert time.process_time() - start < 2
+
+
+# YAML: what it refuses is in test_models_spec.py too
+
+
+def test_yaml_is_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xef\xbb\xbfname: \xc3\xa9t\xc3\xa9\nempty:\nrows: [[-1, 1, Conv, [64]], *r]\n".replace(b"*r", b"1.5e3"))
+    assert read_yaml(path) == {"name": "été", "empty": None, "rows": [[-1, 1, "Conv", [64]], "1.5e3"]}
+    path.write_text("a: &x [1, 2]\nb: *x\nc: {<<: {d: 1}, e: 2}\n")
+    assert read_yaml(path) == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": 2}}
+    assert read_yaml(path)["a"] == yaml.safe_load(path.read_text())["a"]
+
+
+def test_many_names_are_no_bomb(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("names:\n" + "".join(f"  {n}: name{n}\n" for n in range(10_000)))
+    start = time.process_time()
+    assert len(read_yaml(path)["names"]) == 10_000
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a: 1\nb: [1,\n", [":3:", "not valid YAML"]), ("a: 1\na: 2\n", [":2:", "'a' is there twice"]), ("x: {1: a, 1: b}\n", [":1:", "'1' is there twice"]),
+    ("a: !!int x\n", [":1:", "'x' is no int"]), (f"a: {'9' * 30}\n", [":1:", "is no int"]), ("a: 2024-99-99\n", [":1:", "is no timestamp"]),
+    ("a: !!python/object:os.x {}\n", [":1:", "python/object:os.x"]), ("a: *b\n", [":1:", "undefined alias"]), ("", ["found NoneType"]), ("[1]", ["found list"]),
+    ("a: &a [*a]\n", [":1:", "alias"]), ("a: " + "[" * 60 + "]" * 60, [":1:", "deeper than 50"]), ("a: 1\x07", ["not valid YAML"]),
+])  # fmt: skip
+def test_yaml_refused(tmp_path, text, words):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        read_yaml(path)
+    assert str(raised.value).startswith(str(path)) and [word for word in words if word not in str(raised.value)] == [], raised.value
+
+
+def test_what_is_no_text(tmp_path):
+    path = tmp_path / "a.yaml"
+    for content in (b"\xff\xfe", b"a: \xe9\n", os.urandom(64) + b"\xff", b"x" * (1 << 19)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.yaml"):
+            read_yaml(path)
+    with pytest.raises(UserError, match="can't be read"):
+        read_yaml(tmp_path)
+    with pytest.raises(UserError, match="can't be read"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_round_trip(tmp_path):
+    content = {"b": [1, 2.5, None, True, "é", "no", "1e3"], "a": {"x": "None"}}
+    write_yaml(tmp_path / "deep" / "a.yaml", content)
+    assert read_yaml(tmp_path / "deep" / "a.yaml") == content and list(read_yaml(tmp_path / "deep" / "a.yaml")) == ["b", "a"]
+
+
+# Writing
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "x.pt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("old")
+        assert temporary.suffix == ".pt" and temporary.parent == path.parent and not path.exists()
+    assert path.read_text() == "old"
+    for error in (RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "full")):
+        with pytest.raises(error if isinstance(error, type) else OSError), atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["x.pt"]
+    with pytest.raises(FileNotFoundError), atomic_write(path):
+        pass  # nothing was written: the old file stays
+    assert path.read_text() == "old"
+
+
+def test_killed_while_writing(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    code = ("import os, signal\nfrom pathlib import Path\nfrom utils.files import atomic_write\n"
+            f"with atomic_write(Path({str(path)!r})) as t:\n    t.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_run_folders_are_numbered(tmp_path):
+    assert [new_run_dir(tmp_path, "exp").name for _ in range(3)] == ["exp", "exp2", "exp3"]
+    assert new_run_dir(tmp_path, "exp", exist_ok=True).name == "exp"
+    assert new_run_dir(str(tmp_path / "a" / "b"), "c/d") == tmp_path / "a" / "b" / "c" / "d"
+    (tmp_path / "file").write_text("")
+    assert new_run_dir(tmp_path, "file").name == "file2"
+    with pytest.raises(NotADirectoryError):
+        new_run_dir(tmp_path / "file", "exp")
+    with pytest.raises(FileExistsError):
+        new_run_dir(tmp_path, "file", exist_ok=True)
+
+
+def test_runs_at_once_get_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(lambda _: new_run_dir(tmp_path, "exp"), range(24)))
+    assert len(set(folders)) == 24
+
+
+def test_is_writable(tmp_path):
+    assert is_writable(tmp_path) and is_writable(tmp_path / "new" / "deep")
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "shut").chmod(0o555)
+    assert not is_writable(tmp_path / "shut" / "new")
+    (tmp_path / "shut").chmod(0o755)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (UserError("a.yaml: row 3:\n  mend it"), ["a.yaml: row 3: mend it"]), (UserError("\x1b[31mred\x07"), ["[31mred"]), (KeyboardInterrupt(), ["interrupted"]),
+    (OSError(errno.ENOSPC, "No space left on device", "x/last.pt"), ["x/last.pt", "No space", "room"]), (PermissionError(errno.EACCES, "denied", "y"), ["y", "denied"]),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "z"), ["z", "too long"]), (MemoryError(), ["out of memory", "--batch-size"]),
+    (RuntimeError("CUDA out of memory. Tried"), ["out of memory"]), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["out of memory"]),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
+    @script
+    def main(argv=None):
+        raise error
+
+    assert main() == USER_ERROR == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err and [word for word in words if word not in err] == [], err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), OSError(errno.EIO, "I/O error"), AssertionError()])
+def test_our_own_mistakes_keep_their_traceback(error):
+    @script
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(type(error)):
+        main()
+
+
+def test_an_endless_message_is_cut_in_its_middle():
+    line = str(UserError("my.yaml: row 3: " + "x" * 10**6 + "; did you mean y?"))
+    assert len(line) < 2100 and line.startswith("my.yaml: row 3: x") and line.endswith("; did you mean y?") and " … " in line
+
+
+def test_a_script_answers_its_exit_code():
+    assert script(lambda argv=None: 0)() == 0
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import sys\nfrom utils.errors import script\n@script\ndef main(argv=None):\n    for n in range(10**6): print(n)\n    return 0\nsys.exit(main())"
+    shell = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shell.stdout.readline()
+    shell.stdout.close()
+    assert shell.stderr.read() == b"" and shell.wait(timeout=60) == 1

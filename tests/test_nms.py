@@ -1,0 +1,184 @@
+"""Non-maximum suppression against a brute-force one and torchvision's, and at its edges."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from utils.boxes import cxcywh_to_xyxy
+from utils.nms import VALIDATION, NmsOptions, non_max_suppression
+
+
+def random_predictions(n: int, classes: int, seed: int = 0, batch: int = 1, spread: float = 100) -> Tensor:
+    """(B, n, 5 + C) crowded boxes, no two confidences alike."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(batch, n, 2, generator=generator) * spread
+    size = torch.rand(batch, n, 2, generator=generator) * 40 + 2
+    return torch.cat((centre, size, torch.rand(batch, n, 1 + classes, generator=generator)), -1)
+
+
+def brute_force(image: Tensor, conf_thres: float, iou_thres: float, *, multi_label: bool = False, agnostic: bool = False,
+                classes: list[int] | None = None, max_det: int = 1000) -> Tensor:  # fmt: skip
+    """One image, box by box, in Python."""
+    found = []
+    for row in image.tolist():
+        scores = [row[4] * c for c in row[5:]]
+        for cls in range(len(scores)) if multi_label else [max(range(len(scores)), key=scores.__getitem__)]:
+            if scores[cls] > conf_thres and (classes is None or cls in classes):
+                found.append((*cxcywh_to_xyxy(torch.tensor(row[:4])).tolist(), scores[cls], cls))
+    kept: list[tuple] = []
+    for box in sorted(found, key=lambda b: -b[4]):
+        if all(iou(box, other) <= iou_thres for other in kept if agnostic or other[5] == box[5]):
+            kept.append(box)
+    return torch.tensor(kept[:max_det]).view(-1, 6)
+
+
+def iou(a: tuple, b: tuple) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+OPTIONS = [{}, {"multi_label": True}, {"agnostic": True}, {"multi_label": True, "agnostic": True}, {"classes": [1]}, {"classes": [0, 2], "multi_label": True},
+           {"max_det": 3}, {"multi_label": True, "max_det": 7}, {"classes": []}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_equals_brute_force(options, num_classes):
+    for seed in range(4):
+        predictions = random_predictions(60, num_classes, seed)
+        for conf_thres, iou_thres in ((0.25, 0.45), (0.001, 0.6)):
+            (ours,) = non_max_suppression(predictions, conf_thres, iou_thres, **options)
+            torch.testing.assert_close(ours, brute_force(predictions[0], conf_thres, iou_thres, **options), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+@pytest.mark.parametrize("max_det", [5, 50, 300, 100_000])
+def test_equals_torchvisions(multi_label, max_det):
+    """Enough candidates for several rounds."""
+    predictions = random_predictions(3000, 7, 5, spread=640)
+    (ours,) = non_max_suppression(predictions, 0.001, 0.6, multi_label=multi_label, max_det=max_det)
+    scores = predictions[0, :, 5:] * predictions[0, :, 4:5]
+    row, cls = (scores > 0.001).nonzero(as_tuple=True) if multi_label else (torch.arange(3000), scores.argmax(1))
+    boxes, conf = cxcywh_to_xyxy(predictions[0, row, :4]), scores[row, cls]
+    keep = batched_nms(boxes.double(), conf.double(), cls, 0.6)[:max_det]
+    assert len(ours) == len(keep) > 4
+    torch.testing.assert_close(ours, torch.cat((boxes[keep], conf[keep, None], cls[keep, None].float()), 1))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.9), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(1, 20))
+def test_what_always_holds(n, num_classes, seed, conf_thres, iou_thres, multi_label, agnostic, max_det):
+    predictions = random_predictions(n, num_classes, seed, batch=2)
+    for boxes in non_max_suppression(predictions, conf_thres, iou_thres, multi_label=multi_label, agnostic=agnostic, max_det=max_det):
+        assert boxes.shape[1:] == (6,) and len(boxes) <= max_det and boxes.dtype == torch.float32
+        assert (boxes[:, 4] > conf_thres).all() and (boxes[:, 4].diff() <= 0).all() and ((boxes[:, 5] >= 0) & (boxes[:, 5] < num_classes)).all()
+        overlap = box_iou(boxes[:, :4].double(), boxes[:, :4].double()).triu(1)
+        if not agnostic:
+            overlap = overlap * (boxes[:, 5:] == boxes[:, 5])
+        assert (overlap <= iou_thres + 1e-6).all()
+
+
+def test_single_equals_batched():
+    predictions = random_predictions(200, 5, 1, batch=4)
+    predictions[2, :, 4] = 0
+    together = non_max_suppression(predictions, 0.1, 0.5, multi_label=True)
+    assert [torch.equal(boxes, non_max_suppression(predictions[i : i + 1], 0.1, 0.5, multi_label=True)[0]) for i, boxes in enumerate(together)] == [True] * 4
+
+
+def test_predictions_stay_as_they_are():
+    predictions = random_predictions(50, 3)
+    before = predictions.clone()
+    non_max_suppression(predictions, 0.1, 0.5, multi_label=True)
+    assert torch.equal(predictions, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 10, 8), (2, 0, 8), (2, 10, 8), (1, 10, 6)])
+def test_nothing_found(shape):
+    predictions = torch.zeros(shape)
+    for options in OPTIONS:
+        found = non_max_suppression(predictions, 0.001, 0.6, **options)
+        assert [tuple(boxes.shape) for boxes in found] == [(0, 6)] * shape[0]
+
+
+def test_the_threshold_itself_is_not_enough():
+    predictions = torch.tensor([[[50.0, 50, 10, 10, 0.5, 1.0], [90, 50, 10, 10, 0.50001, 1.0]]])
+    assert non_max_suppression(predictions, 0.5, 0.5)[0][:, 4].tolist() == pytest.approx([0.50001])
+
+
+@pytest.mark.parametrize("column", range(8))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_what_is_not_finite_is_left_out(column, value, multi_label):
+    predictions = torch.tensor([[50.0, 50, 10, 10, 0.9, 0.8, 0.7, 0.6], [150, 50, 10, 10, 0.8, 0.9, 0.1, 0.1]]).repeat(1, 1, 1)
+    alone = non_max_suppression(predictions[:, 1:], 0.05, 0.5, multi_label=multi_label)[0]
+    predictions[0, 0, column] = value
+    (found,) = non_max_suppression(predictions, 0.05, 0.5, multi_label=multi_label)
+    assert found.isfinite().all()
+    if column < 4:
+        assert torch.equal(found, alone)
+
+
+def test_of_equal_confidences_the_earlier_comes_first():
+    predictions = torch.tensor([[[x, 50.0, 10, 10, 0.5, 0.5] for x in (50.0, 52, 54, 200)]])
+    assert non_max_suppression(predictions, 0.1, 0.5)[0][:, 0].tolist() == [45, 195]
+    assert non_max_suppression(predictions.flip(1), 0.1, 0.5)[0][:, 0].tolist() == [195, 49]
+
+
+def test_boxes_of_two_classes_never_meet():
+    """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
+    for size in (10.0, 1e4, 1e5):
+        boxes = torch.tensor([[[size * x, size * x, size, size, 0.9, *row] for row in ((1.0, 0, 0), (0, 1, 0), (0, 0, 1))] for x in (-1, 0, 1)]).view(1, 9, 8)
+        assert len(non_max_suppression(boxes, 0.1, 0.5)[0]) == 9 and len(non_max_suppression(boxes, 0.1, 0.5, agnostic=True)[0]) == 3
+
+
+def test_small_boxes_of_late_classes_are_as_exact_as_of_the_first():
+    """Shifting classes apart in float32 would round 4-pixel boxes of class 79 to a sixteenth of a pixel."""
+    box = [1000.03, 1000.07, 4.1, 4.1]
+    near = [1000.03 + 4.1 * 0.2499, 1000.07, 4.1, 4.1]  # IoU 0.6001
+    far = [1000.03 + 4.1 * 0.2502, 1000.07, 4.1, 4.1]  # IoU 0.5997
+    for cls in (0, 79):
+        scores = torch.zeros(2, 80)
+        scores[:, cls] = torch.tensor([0.9, 0.8])
+        for other, kept in ((near, 1), (far, 2)):
+            rows = torch.cat((torch.tensor([box, other]), torch.ones(2, 1), scores), 1)
+            assert len(non_max_suppression(rows[None], 0.1, 0.6)[0]) == kept
+
+
+def test_an_untrained_networks_noise_is_bounded():
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.rand(1, 2000, 85, generator=generator) * 0.1 + 0.5
+    predictions[..., :4] = predictions[..., :4] * 3000
+    (found,) = non_max_suppression(predictions, 0.001, 0.6, multi_label=True, max_det=300)
+    best = (predictions[0, :, 5:] * predictions[0, :, 4:5]).max()
+    assert 0 < len(found) <= 300 and found[0, 4] == best
+
+
+def test_half_precision_and_inference_mode():
+    predictions = random_predictions(100, 3)
+    with torch.inference_mode():
+        found = non_max_suppression(predictions.repeat(2, 1, 1), 0.1, 0.5, multi_label=True)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], non_max_suppression(predictions, 0.1, 0.5, multi_label=True)[0])
+    assert len(non_max_suppression(predictions.half(), 0.1, 0.5)[0]) > 5 and len(non_max_suppression(predictions.bfloat16(), 0.1, 0.5)[0]) > 5
+
+
+def test_the_options_are_the_arguments():
+    predictions = random_predictions(300, 4, batch=2)
+    assert NmsOptions() == NmsOptions(0.25, 0.45, False, False, None, 1000)
+    for options, same in ((NmsOptions(), {}), (VALIDATION, {"conf_thres": 0.001, "iou_thres": 0.6, "multi_label": True, "max_det": 300})):
+        for a, b in zip(non_max_suppression(predictions, **vars(options)), non_max_suppression(predictions, **same), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    predictions = random_predictions(3000, 7, 5, batch=2, spread=640)
+    for options in OPTIONS:
+        for a, b in zip(non_max_suppression(predictions, **options), non_max_suppression(predictions.cuda(), **options), strict=True):
+            torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-3)

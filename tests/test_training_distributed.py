@@ -1,0 +1,116 @@
+"""Two processes under torchrun on gloo: their averaged gradients, and a whole training whose checkpoint one process takes up."""
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import picture_split, tiny_model, train_flags
+from torch import Tensor
+
+import train
+from utils.checkpoint import load_checkpoint
+from utils.config import Hyp, TrainConfig
+from utils.distributed import World, join_world
+from utils.errors import UserError
+from utils.files import ROOT
+from utils.network import to_input
+from utils.training.fit import Training
+
+CPU = torch.device("cpu")
+IMAGES = 7  # odd: the last batch is filled up, so that both processes get as many
+
+
+def new_training(folder: Path, world: World) -> Training:
+    folder.mkdir(exist_ok=True)
+    split = picture_split(folder, [(64, 64), (64, 48), (48, 64), (64, 64), (64, 32), (64, 64), (48, 48)])
+    config = TrainConfig(imgsz=64, batch_size=4, workers=0, precision="fp32", cache="none")
+    return Training(tiny_model(folder), split, split, config, Hyp(), folder, CPU, world)
+
+
+def gathered(training: Training) -> dict[str, Tensor]:
+    """The gradients of an epoch of two batches, gathered and not yet used."""
+    training.stepper.backward = lambda loss, settings: loss.backward()
+    training.stepper.step = lambda: None
+    training.train_one_epoch(0)
+    return {key: p.grad for key, p in training.model.named_parameters()}
+
+
+def in_each_process(folder: Path) -> None:
+    """What torchrun starts: this file as a script."""
+    torch.set_num_threads(1)
+    with join_world(CPU) as world:
+        assert world.size == 2 and world.share(f"from {world.rank}") == "from 0"
+        torch.save(gathered(new_training(folder / f"rank{world.rank}", world)), folder / f"gradients{world.rank}.pt")
+
+
+def torchrun(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_single_process_has_no_group() -> None:
+    with join_world(CPU) as world:
+        assert world == World(0, 1) and world.share("own") == "own"
+        model = torch.nn.Linear(1, 1)
+        assert world.wrap(model, CPU, sync_bn=True) is model
+
+
+def test_sync_bn_needs_cuda() -> None:
+    with pytest.raises(UserError, match="--sync-bn needs CUDA"):
+        World(0, 2).wrap(torch.nn.BatchNorm2d(2), CPU, sync_bn=True)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_gradients_equal_those_computed_shard_by_shard(tmp_path: Path) -> None:
+    done = torchrun(__file__, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"gradients{rank}.pt") for rank in (0, 1))
+
+    training = new_training(tmp_path / "alone", World())
+    training.model.train()
+    for rank in (0, 1):
+        training.batches.rank, training.batches.world = rank, 2
+        for batch in training.train_loader:
+            training.criterion(training.model(to_input(batch.images, CPU)), batch.targets).total.backward()
+    for key, parameter in training.model.named_parameters():
+        torch.testing.assert_close(first[key], parameter.grad, rtol=1e-5, atol=1e-5)
+        assert torch.equal(first[key], second[key]) and first[key].any()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_torchrun_trains_and_one_process_goes_on(tmp_path: Path) -> None:
+    flags = train_flags(tmp_path)
+    done = torchrun("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "exp"
+    assert [p.name for p in run.parent.iterdir()] == ["exp"], "the processes share one folder"
+    assert done.stdout.count("weights: random") == 1 and done.stdout.count("next:") == 1, "one of them speaks"
+    with open(run / "results.csv", newline="") as file:
+        before = list(csv.DictReader(file))
+    assert [row["epoch"] for row in before] == ["0", "1"]
+    state = load_checkpoint(run / "weights" / "last.pt").training
+    assert state["finished"] and state["step"] == 4 and not [key for key in state["model"] if key.startswith("module.")]
+
+    assert train.main(["--resume", str(run / "weights" / "last.pt"), "--epochs", "3"]) == 0
+    with open(run / "results.csv", newline="") as file:
+        assert list(csv.DictReader(file))[:2] == before
+    assert load_checkpoint(run / "weights" / "last.pt").training["step"] == 6
+
+
+if __name__ == "__main__":
+    in_each_process(Path(sys.argv[1]))
