@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     imgsz = model.whole_strides(config.imgsz[0]), model.whole_strides(config.imgsz[-1])
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     network = model.fused().to(device, memory_format=torch.channels_last)
-    predictor = Predictor(Augmented(network) if config.augment else network, model.names, max(model.max_stride, 32), imgsz, options, device, dtype)
+    predictor = Predictor(Augmented(network) if config.augment else network, model.names, model.pad_stride, imgsz, options, device, dtype)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)
     outputs = Outputs(not config.nosave, config.save_txt, config.save_conf, config.save_csv, config.save_crop, style, config.vid_stride)

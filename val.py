@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.yolo import load_model
     from utils.data.open import open_splits, val_loader
     from utils.device import compute_dtype, describe, keep_freed_memory, select_device
-    from utils.evaluate.output import pycocotools_scores, save_json, save_txt
+    from utils.evaluate.official import pycocotools_scores
+    from utils.evaluate.output import save_json, save_txt
     from utils.evaluate.table import score_table
     from utils.evaluate.tta import Augmented
     from utils.evaluate.validate import check_classes, validate
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_classes(model.names, split.names, config.single_cls, config.weights)
     network = model.fused().to(device, memory_format=torch.channels_last)
     imgsz = model.whole_strides(config.imgsz)
-    loader = val_loader(split, imgsz, config.batch_size, max(model.max_stride, 32), config.workers, device)
+    loader = val_loader(split, imgsz, config.batch_size, model.pad_stride, config.workers, device)
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
     result = validate(Augmented(network) if config.augment else network, loader, split, device, dtype, nms, single_cls=config.single_cls)

@@ -92,7 +92,7 @@ def plain(args: argparse.Namespace, out: Path) -> None:
         return model.decode(model(rgb[None].float() / 255)), geometry
 
     def suppress(predictions: torch.Tensor, geometry: Any) -> Detections:
-        found = non_max_suppression(predictions)[0].double().numpy()
+        found = non_max_suppression(predictions, NmsOptions())[0].double().numpy()
         return Detections(geometry.back(found[:, :4]), found[:, 4], found[:, 5].astype(int))
 
     decode, infer, suppress = clock.timed("decode", capture.read), clock.timed("inference", infer), clock.timed("NMS", suppress)

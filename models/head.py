@@ -26,7 +26,7 @@ class Detect(nn.Module):
     def __init__(self, nc: int, anchors: int | Sequence[Sequence[float]], channels: Sequence[int]) -> None:
         super().__init__()
         self.nc = nc
-        self.fitted_anchors = not isinstance(anchors, int)  # a bare count asks training to fit them
+        self.anchors_given = not isinstance(anchors, int)  # a bare count asks training to fit them
         if isinstance(anchors, int):
             # Squares from 1.5 to 6 strides: a neutral start, replaced by the data's own before training.
             sizes = [1.5 * 4 ** (i / max(anchors - 1, 1)) for i in range(anchors)]

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.build import build_rows, inputs_of
 from models.fuse import fuse
 from models.head import Detect, decode
 from models.spec import IMAGE, ModelSpec, load_spec
-from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint
 from utils.errors import UserError
 
 
@@ -68,6 +69,11 @@ class DetectionModel(nn.Module):
         self.head.anchors.copy_(anchors_px.to(self.head.anchors) / self.head.anchors.new_tensor(self.strides).view(-1, 1, 1))
         levels = tuple(tuple(round(v, 2) for v in level.flatten().tolist()) for level in anchors_px)
         self.spec = dataclasses.replace(self.spec, anchors=levels)
+
+    @property
+    def pad_stride(self) -> int:
+        """Images are padded to multiples of it: the largest stride, at least 32."""
+        return max(self.max_stride, 32)
 
     def whole_strides(self, imgsz: int) -> int:
         """The image size that the network really takes: rounded up to a multiple of its largest stride."""
@@ -127,7 +133,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, origin: str) -> DetectionModel
         UserError: its spec and its tensors disagree.
     """
     model = DetectionModel(ModelSpec.from_dict(checkpoint.spec, origin), checkpoint.names)
-    transfer = transfer_weights(model, {key: value.float() if value.is_floating_point() else value for key, value in checkpoint.state_dict.items()})
+    transfer = transfer_weights(model, cast_floats(checkpoint.state_dict, torch.float32))
     if transfer.left:
         raise UserError(f"{origin}: its tensors are not those of its own network: {transfer}")
     return model.eval()

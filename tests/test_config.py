@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from utils.config import DetectConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, newest_last, parse, parse_given, worker_count
+from utils.config import DetectConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
+from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.training.runs import _newest_last
 
 REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"]}
 CONFIGS = list(REQUIRED)
@@ -175,13 +177,13 @@ def test_hyp_file_missing():
 
 def test_newest_run(tmp_path):
     with pytest.raises(UserError, match=r"no weights/last\.pt below .*--resume runs/train/exp/weights/last\.pt"):
-        newest_last(str(tmp_path))
+        _newest_last(str(tmp_path))
     for n, name in enumerate(("exp2", "exp", "deep/exp3")):
         path = tmp_path / name / "weights" / "last.pt"
         path.parent.mkdir(parents=True)
         path.write_text("")
         os.utime(path, (n, 10 - n))
-    assert newest_last(str(tmp_path)) == tmp_path / "exp2" / "weights" / "last.pt"
+    assert _newest_last(str(tmp_path)) == tmp_path / "exp2" / "weights" / "last.pt"
 
 
 # --help

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.boxes import Letterbox
+from utils.boxes import Letterbox, centre_in
 from utils.config import Hyp
 from utils.data import augment
 
@@ -36,7 +36,7 @@ def test_resize_and_pad_by_hand() -> None:
     image = np.full((30, 40, 3), 7, np.uint8)
     assert augment.resize(image, (40, 30)) is image
     assert augment.resize(image, (20, 15)).shape == (15, 20, 3)
-    padded = augment.pad_centre(image, (45, 33))  # 5 and 3 to spread: 2 left, 1 above
+    padded = augment.pad(image, centre_in(image.shape[1::-1], image.shape[1::-1], (45, 33)), (45, 33))  # 5 and 3 to spread: 2 left, 1 above
     assert padded.shape == (33, 45, 3)
     assert (padded[1:31, 2:42] == 7).all() and (padded == 7).sum() == 30 * 40 * 3 and set(np.unique(padded)) == {7, 114}
 
@@ -84,7 +84,7 @@ def test_affine_moves_boxes_with_their_pixels(values: dict[str, float]) -> None:
 def test_affine_without_motion_centres() -> None:
     image, boxes = painted(100, 80, (10, 20, 40, 50))
     out, moved = augment.random_affine(image, boxes, STILL, (120, 120), np.random.default_rng(0))
-    np.testing.assert_array_equal(out, augment.pad_centre(image, (120, 120)))
+    np.testing.assert_array_equal(out, augment.pad(image, centre_in(image.shape[1::-1], image.shape[1::-1], (120, 120)), (120, 120)))
     np.testing.assert_allclose(moved, boxes + np.array((0, 10, 20, 10, 20)))
 
 

@@ -190,5 +190,5 @@ def test_visdrone(tmp_path):
 def test_our_data_yamls_load(name, monkeypatch, tmp_path):
     monkeypatch.setattr("utils.data.spec.ensure_shapes", lambda root: root)
     spec = load_data_spec(f"{name}.yaml", str(tmp_path))
-    assert spec.nc == {"shapes": 6, "bccd": 3, "coco128": 80, "coco": 80, "voc": 20, "visdrone": 10}[name]
+    assert spec.nc == {"shapes": 4, "bccd": 3, "coco128": 80, "coco": 80, "voc": 20, "visdrone": 10}[name]
     assert {"train", "val"} <= set(spec.splits) and (name == "shapes" or spec.root == tmp_path / name)

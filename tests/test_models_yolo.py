@@ -151,7 +151,7 @@ def test_names():
 
 def test_anchors_given_by_their_number():
     model = tiny(anchors=4)
-    assert model.head.anchors.shape == (1, 4, 2) and not model.head.fitted_anchors and tiny().head.fitted_anchors
+    assert model.head.anchors.shape == (1, 4, 2) and not model.head.anchors_given and tiny().head.anchors_given
     assert model.head.anchors[0, :, 0].tolist() == pytest.approx([1.5, 1.5 * 4 ** (1 / 3), 1.5 * 4 ** (2 / 3), 6])
 
 

@@ -12,8 +12,12 @@ from utils.boxes import cxcywh_to_xyxy
 from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
 
+def suppress(predictions: Tensor, *options: float, **named: object) -> list[Tensor]:
+    return non_max_suppression(predictions, NmsOptions(*options, **named))
+
+
 def random_predictions(n: int, classes: int, seed: int = 0, batch: int = 1, spread: float = 100) -> Tensor:
-    """(B, n, 5 + C) crowded boxes, no two confidences alike."""
+    """(B, n, 5 + C) crowded boxes."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.rand(batch, n, 2, generator=generator) * spread
     size = torch.rand(batch, n, 2, generator=generator) * 40 + 2
@@ -52,7 +56,7 @@ def test_equals_brute_force(options, num_classes):
     for seed in range(4):
         predictions = random_predictions(60, num_classes, seed)
         for conf_thres, iou_thres in ((0.25, 0.45), (0.001, 0.6)):
-            (ours,) = non_max_suppression(predictions, conf_thres, iou_thres, **options)
+            (ours,) = suppress(predictions, conf_thres, iou_thres, **options)
             torch.testing.assert_close(ours, brute_force(predictions[0], conf_thres, iou_thres, **options), rtol=1e-5, atol=1e-4)
 
 
@@ -61,11 +65,14 @@ def test_equals_brute_force(options, num_classes):
 def test_equals_torchvisions(multi_label, max_det):
     """Enough candidates for several rounds."""
     predictions = random_predictions(3000, 7, 5, spread=640)
-    (ours,) = non_max_suppression(predictions, 0.001, 0.6, multi_label=multi_label, max_det=max_det)
+    (ours,) = suppress(predictions, 0.001, 0.6, multi_label=multi_label, max_det=max_det)
     scores = predictions[0, :, 5:] * predictions[0, :, 4:5]
-    row, cls = (scores > 0.001).nonzero(as_tuple=True) if multi_label else (torch.arange(3000), scores.argmax(1))
+    if not multi_label:
+        scores *= torch.nn.functional.one_hot(scores.argmax(1), 7)
+    row, cls = (scores > 0.001).nonzero(as_tuple=True)
     boxes, conf = cxcywh_to_xyxy(predictions[0, row, :4]), scores[row, cls]
-    keep = batched_nms(boxes.double(), conf.double(), cls, 0.6)[:max_det]
+    keep = batched_nms(boxes.double(), conf.double(), cls, 0.6).sort().values
+    keep = keep[conf[keep].argsort(descending=True, stable=True)][:max_det]  # its own sort lets equal ones swap
     assert len(ours) == len(keep) > 4
     torch.testing.assert_close(ours, torch.cat((boxes[keep], conf[keep, None], cls[keep, None].float()), 1))
 
@@ -74,7 +81,7 @@ def test_equals_torchvisions(multi_label, max_det):
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.9), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(1, 20))
 def test_what_always_holds(n, num_classes, seed, conf_thres, iou_thres, multi_label, agnostic, max_det):
     predictions = random_predictions(n, num_classes, seed, batch=2)
-    for boxes in non_max_suppression(predictions, conf_thres, iou_thres, multi_label=multi_label, agnostic=agnostic, max_det=max_det):
+    for boxes in suppress(predictions, conf_thres, iou_thres, multi_label=multi_label, agnostic=agnostic, max_det=max_det):
         assert boxes.shape[1:] == (6,) and len(boxes) <= max_det and boxes.dtype == torch.float32
         assert (boxes[:, 4] > conf_thres).all() and (boxes[:, 4].diff() <= 0).all() and ((boxes[:, 5] >= 0) & (boxes[:, 5] < num_classes)).all()
         overlap = box_iou(boxes[:, :4].double(), boxes[:, :4].double()).triu(1)
@@ -86,14 +93,14 @@ def test_what_always_holds(n, num_classes, seed, conf_thres, iou_thres, multi_la
 def test_single_equals_batched():
     predictions = random_predictions(200, 5, 1, batch=4)
     predictions[2, :, 4] = 0
-    together = non_max_suppression(predictions, 0.1, 0.5, multi_label=True)
-    assert [torch.equal(boxes, non_max_suppression(predictions[i : i + 1], 0.1, 0.5, multi_label=True)[0]) for i, boxes in enumerate(together)] == [True] * 4
+    together = suppress(predictions, 0.1, 0.5, multi_label=True)
+    assert [torch.equal(boxes, suppress(predictions[i : i + 1], 0.1, 0.5, multi_label=True)[0]) for i, boxes in enumerate(together)] == [True] * 4
 
 
 def test_predictions_stay_as_they_are():
     predictions = random_predictions(50, 3)
     before = predictions.clone()
-    non_max_suppression(predictions, 0.1, 0.5, multi_label=True)
+    suppress(predictions, 0.1, 0.5, multi_label=True)
     assert torch.equal(predictions, before)
 
 
@@ -101,39 +108,40 @@ def test_predictions_stay_as_they_are():
 def test_nothing_found(shape):
     predictions = torch.zeros(shape)
     for options in OPTIONS:
-        found = non_max_suppression(predictions, 0.001, 0.6, **options)
+        found = suppress(predictions, 0.001, 0.6, **options)
         assert [tuple(boxes.shape) for boxes in found] == [(0, 6)] * shape[0]
 
 
 def test_the_threshold_itself_is_not_enough():
     predictions = torch.tensor([[[50.0, 50, 10, 10, 0.5, 1.0], [90, 50, 10, 10, 0.50001, 1.0]]])
-    assert non_max_suppression(predictions, 0.5, 0.5)[0][:, 4].tolist() == pytest.approx([0.50001])
+    assert suppress(predictions, 0.5, 0.5)[0][:, 4].tolist() == pytest.approx([0.50001])
 
 
 @pytest.mark.parametrize("column", range(8))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_what_is_not_finite_is_left_out(column, value, multi_label):
-    predictions = torch.tensor([[50.0, 50, 10, 10, 0.9, 0.8, 0.7, 0.6], [150, 50, 10, 10, 0.8, 0.9, 0.1, 0.1]]).repeat(1, 1, 1)
-    alone = non_max_suppression(predictions[:, 1:], 0.05, 0.5, multi_label=multi_label)[0]
+    predictions = torch.tensor([[[50.0, 50, 10, 10, 0.9, 0.8, 0.7, 0.6], [150, 50, 10, 10, 0.8, 0.9, 0.1, 0.1]]])
+    value = value if column < 4 else float("nan")  # confidences are sigmoids: at worst no number
+    alone = suppress(predictions[:, 1:], 0.05, 0.5, multi_label=multi_label)[0]
     predictions[0, 0, column] = value
-    (found,) = non_max_suppression(predictions, 0.05, 0.5, multi_label=multi_label)
-    assert found.isfinite().all()
-    if column < 4:
+    (found,) = suppress(predictions, 0.05, 0.5, multi_label=multi_label)
+    assert found.isfinite().all() and len(found) >= len(alone)
+    if column < 5:
         assert torch.equal(found, alone)
 
 
 def test_of_equal_confidences_the_earlier_comes_first():
     predictions = torch.tensor([[[x, 50.0, 10, 10, 0.5, 0.5] for x in (50.0, 52, 54, 200)]])
-    assert non_max_suppression(predictions, 0.1, 0.5)[0][:, 0].tolist() == [45, 195]
-    assert non_max_suppression(predictions.flip(1), 0.1, 0.5)[0][:, 0].tolist() == [195, 49]
+    assert suppress(predictions, 0.1, 0.5)[0][:, 0].tolist() == [45, 49, 195]  # 52 is too near to 50
+    assert suppress(predictions.flip(1), 0.1, 0.5)[0][:, 0].tolist() == [195, 49, 45]
 
 
 def test_boxes_of_two_classes_never_meet():
     """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
     for size in (10.0, 1e4, 1e5):
         boxes = torch.tensor([[[size * x, size * x, size, size, 0.9, *row] for row in ((1.0, 0, 0), (0, 1, 0), (0, 0, 1))] for x in (-1, 0, 1)]).view(1, 9, 8)
-        assert len(non_max_suppression(boxes, 0.1, 0.5)[0]) == 9 and len(non_max_suppression(boxes, 0.1, 0.5, agnostic=True)[0]) == 3
+        assert len(suppress(boxes, 0.1, 0.5)[0]) == 9 and len(suppress(boxes, 0.1, 0.5, agnostic=True)[0]) == 3
 
 
 def test_small_boxes_of_late_classes_are_as_exact_as_of_the_first():
@@ -146,14 +154,14 @@ def test_small_boxes_of_late_classes_are_as_exact_as_of_the_first():
         scores[:, cls] = torch.tensor([0.9, 0.8])
         for other, kept in ((near, 1), (far, 2)):
             rows = torch.cat((torch.tensor([box, other]), torch.ones(2, 1), scores), 1)
-            assert len(non_max_suppression(rows[None], 0.1, 0.6)[0]) == kept
+            assert len(suppress(rows[None], 0.1, 0.6)[0]) == kept
 
 
 def test_an_untrained_networks_noise_is_bounded():
     generator = torch.Generator().manual_seed(0)
     predictions = torch.rand(1, 2000, 85, generator=generator) * 0.1 + 0.5
     predictions[..., :4] = predictions[..., :4] * 3000
-    (found,) = non_max_suppression(predictions, 0.001, 0.6, multi_label=True, max_det=300)
+    (found,) = suppress(predictions, 0.001, 0.6, multi_label=True, max_det=300)
     best = (predictions[0, :, 5:] * predictions[0, :, 4:5]).max()
     assert 0 < len(found) <= 300 and found[0, 4] == best
 
@@ -161,16 +169,16 @@ def test_an_untrained_networks_noise_is_bounded():
 def test_half_precision_and_inference_mode():
     predictions = random_predictions(100, 3)
     with torch.inference_mode():
-        found = non_max_suppression(predictions.repeat(2, 1, 1), 0.1, 0.5, multi_label=True)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], non_max_suppression(predictions, 0.1, 0.5, multi_label=True)[0])
-    assert len(non_max_suppression(predictions.half(), 0.1, 0.5)[0]) > 5 and len(non_max_suppression(predictions.bfloat16(), 0.1, 0.5)[0]) > 5
+        found = suppress(predictions.repeat(2, 1, 1), 0.1, 0.5, multi_label=True)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], suppress(predictions, 0.1, 0.5, multi_label=True)[0])
+    assert len(suppress(predictions.half(), 0.1, 0.5)[0]) > 5 and len(suppress(predictions.bfloat16(), 0.1, 0.5)[0]) > 5
 
 
 def test_the_options_are_the_arguments():
     predictions = random_predictions(300, 4, batch=2)
     assert NmsOptions() == NmsOptions(0.25, 0.45, False, False, None, 1000)
     for options, same in ((NmsOptions(), {}), (VALIDATION, {"conf_thres": 0.001, "iou_thres": 0.6, "multi_label": True, "max_det": 300})):
-        for a, b in zip(non_max_suppression(predictions, **vars(options)), non_max_suppression(predictions, **same), strict=True):
+        for a, b in zip(suppress(predictions, **vars(options)), suppress(predictions, **same), strict=True):
             assert torch.equal(a, b)
 
 
@@ -180,5 +188,5 @@ def test_cuda_equals_the_cpu():
         pytest.skip("no CUDA device")
     predictions = random_predictions(3000, 7, 5, batch=2, spread=640)
     for options in OPTIONS:
-        for a, b in zip(non_max_suppression(predictions, **options), non_max_suppression(predictions.cuda(), **options), strict=True):
+        for a, b in zip(suppress(predictions, **options), suppress(predictions.cuda(), **options), strict=True):
             torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-3)

@@ -85,7 +85,7 @@ def test_a_bare_number_of_anchors_is_always_fitted(tmp_path: Path) -> None:
     """`anchors: 3` in the YAML, also with --noautoanchor; the checkpoint's spec then tells them."""
     for keep in (False, True):
         model = tiny_model(tmp_path, anchors=3)
-        assert not model.head.fitted_anchors
+        assert not model.head.anchors_given
         why = adapt_anchors(model, split_of(clusters()), 320, 4.0, keep, 0)
         assert "refitted" in why
         assert best_possible_recall(clusters(), model.anchors_px.numpy().reshape(-1, 2), 4.0) > 0.98

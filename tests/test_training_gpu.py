@@ -23,12 +23,12 @@ from utils.training.ema import ModelEma
 from utils.training.loss import DetectionLoss
 from utils.training.memory import fit_batch
 from utils.training.optim import build_optimizer, load_optimizer
-from utils.training.schedule import Step
+from utils.training.schedule import StepSettings
 from utils.training.stepper import Stepper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-STEP = Step(0.01, 0.01, 0.9, 1)
+STEP = StepSettings(0.01, 0.01, 0.9, 1)
 
 
 @pytest.fixture(autouse=True)

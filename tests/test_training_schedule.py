@@ -12,7 +12,7 @@ from torch import nn
 from utils.config import Hyp
 from utils.training.ema import ModelEma
 from utils.training.optim import apply_step, build_optimizer
-from utils.training.schedule import Step, decay, settings, warmup_steps
+from utils.training.schedule import StepSettings, decay, settings, warmup_steps
 from utils.training.stepper import Stepper
 
 HYP = Hyp()
@@ -70,7 +70,7 @@ def test_decay_scales_with_what_accumulation_reaches(tmp_path: Path, batch: int,
 def test_apply_step(tmp_path: Path, name: str) -> None:
     optimizer = build_optimizer(tiny_model(tmp_path), name, HYP, 16)
     assert type(optimizer).__name__ == name
-    apply_step(optimizer, Step(0.002, 0.05, 0.9, 1))
+    apply_step(optimizer, StepSettings(0.002, 0.05, 0.9, 1))
     assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.002, 0.002]
     assert all((g["momentum"] if name == "SGD" else g["betas"][0]) == 0.9 for g in optimizer.param_groups)
     assert name != "SGD" or all(g["nesterov"] for g in optimizer.param_groups)
@@ -101,11 +101,11 @@ def test_ema_defaults_follow_fast_at_first() -> None:
     assert ema.model.weight.item() == pytest.approx(1 - 0.9999 * (1 - math.exp(-1 / 2000)))
 
 
-def plain_stepper(accumulate: int, lr: float = 0.5) -> tuple[nn.Linear, Stepper, Step]:
+def plain_stepper(accumulate: int, lr: float = 0.5) -> tuple[nn.Linear, Stepper, StepSettings]:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     stepper = Stepper(model, torch.optim.SGD([{"params": []}, {"params": model.parameters()}], lr), ModelEma(model), CPU, torch.float32)
-    return model, stepper, Step(lr, lr, 0.0, accumulate)
+    return model, stepper, StepSettings(lr, lr, 0.0, accumulate)
 
 
 def test_stepper_accumulates_sums_and_steps() -> None:

@@ -43,6 +43,11 @@ class Checkpoint:
     source: str = FORMAT
 
 
+def cast_floats(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point tensors in `dtype`, counters as they are."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state_dict.items()}
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write the file whole or not at all. Tensors are written from the CPU, without the rest of a storage that they view.
 

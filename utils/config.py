@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,12 +177,6 @@ def _check(f: dataclasses.Field, value: Any, place: str) -> None:
         raise UserError(f"{place} {shown}: {check[1]}")
 
 
-def worker_count(asked: int) -> int:
-    """Loader processes to start: what was asked, at most one for each core, none on a single core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(asked, cores if cores > 1 else 0)
-
-
 def hyper(default: float, text: str, check: Check) -> Any:
     return field(default=default, metadata={"help": text, "check": check})
 
@@ -247,11 +240,3 @@ def hyp_from_dict(content: dict[str, Any], origin: str) -> Hyp:
         _check(fields[key], float(value), f"{origin}: {key}")
         values[key] = float(value)
     return Hyp(**values)
-
-
-def newest_last(project: str) -> Path:
-    """The newest last.pt below a folder of runs."""
-    found = sorted(Path(project).glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError(f"--resume: no weights/last.pt below {project}; name one: --resume runs/train/exp/weights/last.pt")
-    return found[-1]

@@ -105,3 +105,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on Windows, where no figure is given
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory_bytes() -> int:
+    """What the system can give without swapping; 0 where it does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0

@@ -45,7 +45,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            line = "out of memory: lower --batch-size or --imgsz (--batch-size -1 finds the largest batch that fits)"
+            line = "out of memory: lower --imgsz, or --batch-size where there is one"
         print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,14 @@ _CLASS_SHIFT_PX = 2.0**24  # farther than any box reaches, so that boxes of two 
 
 @dataclass(frozen=True)
 class NmsOptions:
-    """The arguments of `non_max_suppression`, which explains them."""
+    """Which boxes remain; the defaults are detection's.
+
+    Attributes:
+        multi_label: count a box once for each class above the threshold (validation) instead of for its best class (detection).
+        agnostic: boxes suppress each other across classes.
+        classes: keep these classes only.
+        max_det: boxes of one image.
+    """
 
     conf_thres: float = 0.25
     iou_thres: float = 0.45
@@ -31,52 +37,35 @@ class NmsOptions:
 VALIDATION = NmsOptions(conf_thres=0.001, iou_thres=0.6, multi_label=True, max_det=300)
 
 
-def non_max_suppression(
-    predictions: Tensor,
-    conf_thres: float = 0.25,
-    iou_thres: float = 0.45,
-    *,
-    multi_label: bool = False,
-    agnostic: bool = False,
-    classes: Sequence[int] | None = None,
-    max_det: int = 1000,
-) -> list[Tensor]:
+def non_max_suppression(predictions: Tensor, options: NmsOptions) -> list[Tensor]:
     """(B, N, 5 + C) of cx, cy, w, h, objectness, class probabilities -> B tensors (n, 6): x1, y1, x2, y2, confidence, class; best first.
 
-    Args:
-        multi_label: count a box once for each class above the threshold (validation) instead of for its best class (detection).
-        agnostic: boxes suppress each other across classes.
-        classes: keep these classes only.
-
-    An image without a box gives a (0, 6) tensor. Of equal confidences the earlier prediction comes first; what is not finite is left out.
+    An image without a box gives a (0, 6) tensor. Of equal confidences the earlier prediction comes first; a box that is not
+    finite, or whose confidence is no number, is left out.
     """
     # Before any product or sort: all but a few rows go here, as no confidence exceeds the objectness.
-    likely = predictions[..., 4] > conf_thres
-
-    def of_image(image: Tensor, mask: Tensor) -> Tensor:
+    likely = predictions[..., 4] > options.conf_thres
+    kept = []
+    for image, mask in zip(predictions, likely, strict=True):
         rows = image.index_select(0, mask.nonzero().squeeze(1))
-        conf, cls, row = _candidates(rows, conf_thres, multi_label, classes)
-        return _suppress(cxcywh_to_xyxy(rows[:, :4])[row], conf, cls, iou_thres, agnostic, max_det)
-
-    if predictions.is_cuda or len(predictions) == 1:
-        return list(map(of_image, predictions, likely))
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # torchvision's own kernel keeps to one core
-        return list(threads.map(of_image, predictions, likely))
+        conf, cls, row = _candidates(rows, options)
+        kept.append(_suppress(cxcywh_to_xyxy(rows[:, :4])[row], conf, cls, options))
+    return kept
 
 
-def _candidates(rows: Tensor, conf_thres: float, multi_label: bool, classes: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(rows: Tensor, options: NmsOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (n, 5 + C) whose objectness passes -> confidence, class and row (m,) of each candidate, best first."""
     unreal = 0 * rows[:, :4].sum(1, keepdim=True)  # not a number where the box is not finite: then no score is above a threshold
     scores = rows[:, 5:] * (rows[:, 4:5] + unreal)
-    if multi_label and scores.shape[1] > 1:
-        index = (scores > conf_thres).flatten().nonzero().squeeze(1)
+    if options.multi_label and scores.shape[1] > 1:
+        index = (scores > options.conf_thres).flatten().nonzero().squeeze(1)
         conf, row, cls = scores.flatten()[index], index // scores.shape[1], index % scores.shape[1]
     else:
         conf, cls = scores.max(1)
-        row = (conf > conf_thres).nonzero().squeeze(1)
+        row = (conf > options.conf_thres).nonzero().squeeze(1)
         conf, cls = conf[row], cls[row]
-    if classes is not None:
-        chosen = torch.isin(cls, torch.as_tensor(classes, device=cls.device, dtype=cls.dtype))
+    if options.classes is not None:
+        chosen = torch.isin(cls, torch.as_tensor(options.classes, device=cls.device, dtype=cls.dtype))
         conf, cls, row = conf[chosen], cls[chosen], row[chosen]
     if len(conf) > _MAX_CANDIDATES:
         conf, best = conf.topk(_MAX_CANDIDATES)
@@ -85,20 +74,20 @@ def _candidates(rows: Tensor, conf_thres: float, multi_label: bool, classes: Seq
     return conf, cls[order], row[order]
 
 
-def _suppress(xyxy: Tensor, conf: Tensor, cls: Tensor, iou_thres: float, agnostic: bool, max_det: int) -> Tensor:
+def _suppress(xyxy: Tensor, conf: Tensor, cls: Tensor, options: NmsOptions) -> Tensor:
     """The boxes that remain of candidates sorted best first.
 
     They are decided from the best down, some at a time beside those kept so far, so that the many after the last box wanted cost nothing.
     """
     boxes, scores = xyxy.double(), conf.double()
-    if not agnostic:
+    if not options.agnostic:
         boxes += cls[:, None] * _CLASS_SHIFT_PX
-    step = max(_STEP * max_det, 1024)
+    step = max(_STEP * options.max_det, 1024)
     keep = cls[:0]
     for start in range(0, len(conf), step):
         pool = torch.cat((keep, torch.arange(start, min(start + step, len(conf)), device=keep.device)))
-        keep = pool[torchvision_nms(boxes.index_select(0, pool), scores.index_select(0, pool), iou_thres)]
-        if len(keep) >= max_det:
+        keep = pool[torchvision_nms(boxes.index_select(0, pool), scores.index_select(0, pool), options.iou_thres)]
+        if len(keep) >= options.max_det:
             break
-    keep = keep[:max_det]
+    keep = keep[: options.max_det]
     return torch.cat((xyxy[keep], conf[keep, None], cls[keep, None].to(conf.dtype)), 1)

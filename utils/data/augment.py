@@ -28,24 +28,25 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def pad_centre(image: np.ndarray, target: tuple[int, int]) -> np.ndarray:
-    """Centre an image in grey of `target` (width, height)."""
-    height, width = image.shape[:2]
-    left, top = (target[0] - width) // 2, (target[1] - height) // 2
-    return cv2.copyMakeBorder(image, top, target[1] - height - top, left, target[0] - width - left, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
+def pad(image: np.ndarray, place: Letterbox, target: tuple[int, int]) -> np.ndarray:
+    """Lay a scaled image into grey of `target` (width, height), where `place` says."""
+    bottom, right = target[1] - image.shape[0] - place.top, target[0] - image.shape[1] - place.left
+    return cv2.copyMakeBorder(image, place.top, bottom, place.left, right, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
 
 
 def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int) -> tuple[np.ndarray, Letterbox]:
     """Fit an image into `imgsz` (height, width), its aspect kept, and pad each side to the next multiple of `stride`.
 
-    Bilinear, whichever way it scales: so do the programs whose published figures we are measured by (area averaging moves boxes by up to 10 px).
+    Bilinear, whichever way it scales, unlike `resize`: published figures of detection come from bilinear images, those of validation from averaged
+    ones, and the other filter moves boxes by up to 10 px.
     """
     height, width = image.shape[:2]
     longer = min(imgsz[0] * max(height, width) // height, imgsz[1] * max(height, width) // width)
     scaled = scaled_to((width, height), longer)
     target = math.ceil(scaled[0] / stride) * stride, math.ceil(scaled[1] / stride) * stride
     resized = image if scaled == (width, height) else cv2.resize(image, scaled, interpolation=cv2.INTER_LINEAR)
-    return pad_centre(resized, target), centre_in((width, height), scaled, target)
+    place = centre_in((width, height), scaled, target)
+    return pad(resized, place, target), place
 
 
 def mosaic(images: list[np.ndarray], boxes: list[np.ndarray], imgsz: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:

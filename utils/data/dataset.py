@@ -123,7 +123,7 @@ class RectDataset(torch.utils.data.Dataset):
         target = tuple(int(v) for v in self.targets[index])
         box = centre_in(tuple(int(v) for v in self.images.split.sizes[index]), (image.shape[1], image.shape[0]), target)
         normalised = np.concatenate((boxes[:, :1], _into(boxes[:, 1:], box, target)), 1).astype(np.float32)
-        image = augment.pad_centre(image, target)
+        image = augment.pad(image, box, target)
         if self.hyp is None:
             return Sample(image[..., ::-1], normalised, index, box)
         pixels = np.concatenate((boxes[:, :1], cxcywh_to_xyxy(normalised[:, 1:]) * np.array(target * 2, np.float32)), 1)

@@ -1,6 +1,6 @@
 """Label formats: what YOLO, VisDrone, COCO and Pascal VOC files say, as one table of boxes. Nothing is corrected here; see labels.py.
 
-A `Source` first names the files that decide its content, cheaply, so that a cache can be asked; `read` then opens them.
+A `LabelSource` first names the files that decide its content, cheaply, so that a cache can be asked; `read` then opens them.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RawLabels:
 
 
 @dataclass(frozen=True)
-class Source:
+class LabelSource:
     files: list[str]
     read: Callable[[], RawLabels]
 
@@ -100,11 +100,11 @@ def coco_names(categories: Sequence[dict[str, Any]]) -> tuple[tuple[int, ...], t
     return tuple(int(c["id"]) for c in ordered), tuple(str(c["name"]) for c in ordered)
 
 
-def coco_source(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...], yaml: Path) -> Source:
+def coco_source(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...], yaml: Path) -> LabelSource:
     """Images lie in `folder`, or beside each JSON."""
     folders = {folder} if folder else {file.parent for file in jsons}
     files = [*map(str, jsons), *(path for f in sorted(folders) for path in list_images(f))]
-    return Source(files, lambda: _read_coco(jsons, folder, names, yaml))
+    return LabelSource(files, lambda: _read_coco(jsons, folder, names, yaml))
 
 
 def _read_coco(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...], yaml: Path) -> RawLabels:
@@ -159,7 +159,7 @@ def _coco_mistake(item: dict[str, Any], class_of: dict[Any, int], index_of: dict
 # --- Pascal VOC --------------------------------------------------------------------------------------------------------------------------------
 
 
-def voc_source(places: Sequence[Path], folder: Path | None, names: tuple[str, ...], yaml: Path) -> Source:
+def voc_source(places: Sequence[Path], folder: Path | None, names: tuple[str, ...], yaml: Path) -> LabelSource:
     """`places` are folders of XML files or lists of stems (ImageSets/Main/train.txt); images lie in `folder`, JPEGImages, images or beside."""
     xmls = [xml for place in places for xml in _voc_xmls(place)]
     images, listings = [], {}
@@ -169,7 +169,7 @@ def voc_source(places: Sequence[Path], folder: Path | None, names: tuple[str, ..
             listings[home] = {Path(path).stem: path for path in list_images(home)} if home.is_dir() else {}
         images.append(listings[home].get(xml.stem, str(home / f"{xml.stem}.jpg")))
     lists = [str(place) for place in places if place.is_file()]
-    return Source([*lists, *map(str, xmls), *images], lambda: _read_voc(xmls, images, names, yaml))
+    return LabelSource([*lists, *map(str, xmls), *images], lambda: _read_voc(xmls, images, names, yaml))
 
 
 def _voc_xmls(place: Path) -> list[Path]:

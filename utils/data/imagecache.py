@@ -65,12 +65,3 @@ def _block(size: int, on_disk: bool, folder: Path | None) -> np.ndarray:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk is an error here; later, writing through the map, it would kill
         return np.frombuffer(mmap.mmap(file.fileno(), max(size, 1)), np.uint8)
-
-
-def free_memory_bytes() -> int:
-    """What the system can give without swapping; 0 where it does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.data import cache as label_cache
 from utils.data.cache import split_rows
-from utils.data.formats import RawLabels, Source, coco_source, voc_source
+from utils.data.formats import LabelSource, RawLabels, coco_source, voc_source
 from utils.data.images import ImageError, check_image
 from utils.data.spec import DataSpec
 from utils.data.yolo_text import visdrone_source, yolo_source
@@ -89,12 +89,12 @@ def load_split(spec: DataSpec, split: str, *, single_cls: bool = False, cache: b
     return _as_single_class(verified) if single_cls else verified
 
 
-def _open_source(spec: DataSpec, split: str) -> Source:
+def _open_source(spec: DataSpec, split: str) -> LabelSource:
     if split not in spec.splits:
         raise UserError(f"{spec.file}: has no {split}: entry; it has {', '.join(spec.splits)}")
     places = [spec.find(entry) for entry in spec.splits[split]]
     folder = spec.find(spec.images[split]) if split in spec.images else None
-    openers: dict[str, Callable[[], Source]] = {
+    openers: dict[str, Callable[[], LabelSource]] = {
         "yolo": lambda: yolo_source(places, spec.root, spec.names, spec.file),
         "visdrone": lambda: visdrone_source(places, spec.root, spec.names, spec.file),
         "coco": lambda: coco_source(places, folder, spec.names, spec.file),

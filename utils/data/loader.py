@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 
@@ -51,6 +52,12 @@ class EpochBatches(Sampler[list[Key]]):
             starts = rng.permutation(starts)
         for start in starts:
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size][self.rank :: self.world]]
+
+
+def worker_count(asked: int) -> int:
+    """Loader processes to start: what was asked, at most one for each core, none on a single core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(asked, cores if cores > 1 else 0)
 
 
 def _start_worker(_: int) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import DataLoader
 
-from utils.config import DataOptions, worker_count
+from utils.config import DataOptions
 from utils.data.dataset import RectDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.download import download
 from utils.data.imagecache import CacheMode, ImageCache
 from utils.data.labels import Split, load_split
-from utils.data.loader import EpochBatches, make_loader
+from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.spec import load_data_spec
 
 

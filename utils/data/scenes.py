@@ -262,7 +262,7 @@ def _blur(image: np.ndarray, reaches: Sequence[int]) -> np.ndarray:
 
 def _side_px(dice: _Dice, longest: int) -> int:
     """An object's size: mostly a fifth of the image, with small and large ones among them."""
-    low = dice.pick((10, 20, 36, 36, 36, 36, 36, 48, 48, 64))
+    low = dice.pick((10, 20, 36, 36, 36, 36, 36, 48, 64, 80))
     return dice.draw(low, min(low * 3 // 2, longest // 2))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.formats import RawLabels, Source, images_of
+from utils.data.formats import LabelSource, RawLabels, images_of
 
 _CHUNK = 1024  # files parsed together
 _MAX_DIGITS = 15
@@ -20,7 +20,7 @@ Row = tuple[float, float, float, float, float]
 LineParser = Callable[[str], Row | None]  # raises ValueError in words; None: a line that holds no box
 
 
-def yolo_source(places: Sequence[Path], root: Path, names: tuple[str, ...], yaml: Path) -> Source:
+def yolo_source(places: Sequence[Path], root: Path, names: tuple[str, ...], yaml: Path) -> LabelSource:
     images = images_of(places, root)
     labels = [label_path(image, "labels") for image in images]
     nc = len(names)
@@ -28,10 +28,10 @@ def yolo_source(places: Sequence[Path], root: Path, names: tuple[str, ...], yaml
     def read() -> RawLabels:
         return _read(images, labels, names, lambda line: parse_yolo_line(line, nc, yaml.name), fast_nc=nc)
 
-    return Source([*images, *labels], read)
+    return LabelSource([*images, *labels], read)
 
 
-def visdrone_source(places: Sequence[Path], root: Path, names: tuple[str, ...], yaml: Path) -> Source:
+def visdrone_source(places: Sequence[Path], root: Path, names: tuple[str, ...], yaml: Path) -> LabelSource:
     images = images_of(places, root)
     labels = [label_path(image, "annotations") for image in images]
 
@@ -40,7 +40,7 @@ def visdrone_source(places: Sequence[Path], root: Path, names: tuple[str, ...], 
         raw.frames = np.zeros((len(images), 2))
         return raw
 
-    return Source([*images, *labels], read)
+    return LabelSource([*images, *labels], read)
 
 
 def label_path(image: str, folder: str) -> str:

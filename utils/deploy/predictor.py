@@ -11,7 +11,7 @@ import torch
 from utils.data.augment import letterbox
 from utils.deploy.results import Result
 from utils.errors import UserError
-from utils.evaluate.matching import Detections
+from utils.evaluate.matching import to_detections
 from utils.network import Network, infer
 from utils.nms import NmsOptions, non_max_suppression
 
@@ -52,6 +52,5 @@ class Predictor:
         rgb = torch.from_numpy(cv2.cvtColor(padded, cv2.COLOR_BGR2RGB))  # (h, w, 3)
         _, predictions = infer(self.network, rgb.permute(2, 0, 1)[None], self.device, self.dtype)
         inferred = time.perf_counter()
-        boxes = non_max_suppression(predictions, **vars(self.options))[0].double().cpu().numpy()
-        found = Detections(geometry.back(boxes[:, :4]), boxes[:, 4], boxes[:, 5].astype(np.int64))
+        found = to_detections(non_max_suppression(predictions, self.options)[0].double().cpu().numpy(), geometry)
         return Result(image, found, self.names, (inferred - start) * 1e3, (time.perf_counter() - inferred) * 1e3)

@@ -18,7 +18,7 @@ from utils.data.sources import Frame
 from utils.deploy.results import DEFAULT_STYLE, Result, Style
 from utils.deploy.video_writer import VideoWriter
 from utils.draw import save_image
-from utils.evaluate.output import yolo_lines
+from utils.evaluate.output import save_labels
 from utils.files import atomic_write
 
 _WAITING = 2  # results not yet drawn: enough to overlap with inference, little memory
@@ -121,7 +121,7 @@ class ResultWriter:
         if out.images:
             self._write_picture(frame, result.drawn(out.style), stem)
         if out.txt:
-            save_labels(self.folder / "labels", name, result, out.txt_conf)
+            save_labels(self.folder / "labels", name, result.found, np.array(result.size), out.txt_conf)
         if out.crops:
             save_crops(self.folder / "crops", name, result)
         if table is not None:
@@ -156,16 +156,6 @@ class ResultWriter:
         table = csv.writer(file)
         table.writerow(_COLUMNS)
         return table
-
-
-def save_labels(folder: Path, name: str, result: Result, with_conf: bool) -> None:
-    """folder/name.txt with YOLO's lines; an image without a box has none, not even of an earlier run."""
-    path = folder / f"{name}.txt"
-    if not len(result.found.cls):
-        path.unlink(missing_ok=True)
-        return
-    folder.mkdir(exist_ok=True)
-    path.write_text(yolo_lines(result.found, np.array(result.size), with_conf), encoding="utf-8")
 
 
 def save_crops(folder: Path, name: str, result: Result) -> None:

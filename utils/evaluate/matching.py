@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.boxes import Letterbox
+
 ALL_SIZES = np.array([[0.0, 1e5**2]])  # px^2, COCO's range "all"
 MAX_DETECTIONS = 100  # of one class on one image, COCO's largest
 _BLOCK = 16_384  # detections whose IoUs are held in memory at once
@@ -33,6 +35,11 @@ class Detections(NamedTuple):
     xyxy: np.ndarray  # (n, 4)
     conf: np.ndarray  # (n,)
     cls: np.ndarray  # (n,) int
+
+
+def to_detections(boxes: np.ndarray, letterbox: Letterbox) -> Detections:
+    """What suppression leaves, (n, 6) x1, y1, x2, y2, confidence, class, brought back to the original image's pixels."""
+    return Detections(letterbox.back(boxes[:, :4]), boxes[:, 4], boxes[:, 5].astype(np.int64))
 
 
 class Matches(NamedTuple):

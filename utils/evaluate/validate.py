@@ -17,7 +17,7 @@ from utils.data.labels import Split
 from utils.errors import UserError
 from utils.evaluate.coco import CocoScores, coco_scores
 from utils.evaluate.curves import Curves, curves
-from utils.evaluate.matching import Detections, Truth
+from utils.evaluate.matching import Detections, Truth, to_detections
 from utils.log import is_main_process, warn
 from utils.network import Network, infer, inference_threads
 from utils.nms import VALIDATION, NmsOptions, non_max_suppression
@@ -48,10 +48,8 @@ class ValResult:
 
     def metrics(self) -> dict[str, float]:
         """The means over classes, at the confidence of the best F1 for the first three."""
-        seen = self.curves.classes
-        mean = (lambda per_class: float(per_class[seen].mean())) if len(seen) else (lambda per_class: 0.0)
         c, s = self.curves, self.scores
-        return {"precision": mean(c.precision_at_best), "recall": mean(c.recall_at_best), "f1": mean(c.f1_at_best),
+        return {"precision": float(c.mean(c.precision_at_best)), "recall": float(c.mean(c.recall_at_best)), "f1": float(c.mean(c.f1_at_best)),
                 "mAP50": float(np.nan_to_num(s.ap50)), "mAP50-95": float(np.nan_to_num(s.ap))}
 
 
@@ -115,10 +113,8 @@ def _score_share(
     start = time.perf_counter()
     outputs, decoded = infer(network, batch.images, device, dtype)
     inferred = time.perf_counter()
-    detections = []
-    for boxes, letterbox in zip(non_max_suppression(decoded, **vars(nms)), batch.letterboxes, strict=True):
-        boxes = boxes.double().cpu().numpy()
-        detections.append(Detections(letterbox.back(boxes[:, :4]), boxes[:, 4], boxes[:, 5].astype(np.int64)))
+    kept = non_max_suppression(decoded, nms)
+    detections = [to_detections(boxes.double().cpu().numpy(), letterbox) for boxes, letterbox in zip(kept, batch.letterboxes, strict=True)]
     done = time.perf_counter()
     with torch.inference_mode():
         loss = criterion(outputs, batch.targets.to(device)).parts.cpu().numpy() if criterion else None

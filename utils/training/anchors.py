@@ -90,11 +90,11 @@ def adapt_anchors(model: Any, split: Split, imgsz: int, anchor_t: float, keep: b
     Args:
         keep: leave them whatever their recall (--noautoanchor), unless the YAML gives only their number.
     """
-    if keep and model.head.fitted_anchors:
+    if keep and model.head.anchors_given:
         return "anchors kept as the YAML has them"
     wh = boxes_in_pixels(split.boxes, split.sizes, imgsz)
     old = model.anchors_px.cpu().double().numpy()
-    new, why = check_anchors(wh, old, anchor_t, not model.head.fitted_anchors, np.random.default_rng(seed))
+    new, why = check_anchors(wh, old, anchor_t, not model.head.anchors_given, np.random.default_rng(seed))
     if new is not old:
         model.set_anchors(torch.from_numpy(new))
     return why

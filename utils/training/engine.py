@@ -16,14 +16,14 @@ from utils.errors import UserError
 from utils.log import is_main_process
 from utils.network import to_input
 from utils.training.loss import DetectionLoss, Loss
-from utils.training.schedule import Step
+from utils.training.schedule import StepSettings
 from utils.training.stepper import Stepper
 
 
 class EpochResult(NamedTuple):
     loss: np.ndarray  # (3,) mean box, objectness and class loss
     steps: int
-    settings: Step  # of the last batch
+    settings: StepSettings  # of the last batch
     images_per_second: float
 
 
@@ -32,7 +32,7 @@ def train_epoch(
     batches: Iterable[Batch],
     criterion: DetectionLoss,
     stepper: Stepper,
-    settings: Callable[[int], Step],
+    settings: Callable[[int], StepSettings],
     resize: Callable[[int, Tensor], Tensor],
     title: str,
     world: int = 1,

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.config import Hyp, TrainConfig, worker_count
+from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
+from utils.config import Hyp, TrainConfig
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
-from utils.data.imagecache import ImageCache, free_memory_bytes
+from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
-from utils.data.loader import EpochBatches, make_loader
+from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import val_loader
-from utils.device import compute_dtype, peak_memory_bytes
+from utils.device import compute_dtype, free_memory_bytes, peak_memory_bytes
 from utils.distributed import World
 from utils.errors import UserError
 from utils.evaluate.table import score_table
@@ -29,7 +29,7 @@ from utils.plots.run import draw_data, draw_validation
 from utils.plots.training import plot_results
 from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
-from utils.training.loss import DetectionLoss
+from utils.training.loss import DetectionLoss, Loss
 from utils.training.optim import build_optimizer, load_optimizer
 from utils.training.schedule import settings, warmup_steps
 from utils.training.state import TrainState
@@ -37,7 +37,6 @@ from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
 
 _ALONE = World()
-_MIN_STRIDE = 32  # batches are padded to this at least, whatever the head
 
 
 class Training:
@@ -79,7 +78,9 @@ class Training:
             if self.world.rank == 0:
                 self._validate(epoch)
                 self._record(epoch, trained, time.perf_counter() - epoch_start)
-                stop = self._is_over(time.perf_counter() - start)
+                self.state.epoch, self.state.step = epoch + 1, self.state.step + trained.steps
+                self._keep_best(epoch)
+                stop = self._is_over(epoch, time.perf_counter() - start)
                 self.state.finished = stop or self.state.epoch >= self.config.epochs
                 self._save()
             stop, self.state.epoch, self.state.step, self.state.class_ap = self.world.share(
@@ -95,7 +96,7 @@ class Training:
         """Score best.pt as it lies on disk, draw its pictures and say what to do next. In the first process only."""
         best = self.run_dir / "weights" / "best.pt"
         model = copy.deepcopy(self.stepper.ema.model)
-        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_checkpoint(best).state_dict.items()})
+        model.load_state_dict(cast_floats(load_checkpoint(best).state_dict, torch.float32))
         result = validate(model.fused(), self.val_loader, self.val_split, self.device, self.dtype)
         if not self.config.noplots:
             plot_results(self.run_dir / "results.csv", self.run_dir / "results.png")
@@ -107,7 +108,7 @@ class Training:
         info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent} --imgsz {self.config.imgsz}")
 
     def _load_data(self) -> None:
-        config, stride = self.config, max(self.model.max_stride, _MIN_STRIDE)
+        config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
         budget = free_memory_bytes() // 2
         sizes = scaled_sizes(self.train_split, config.imgsz)
@@ -161,38 +162,38 @@ class Training:
 
     def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
         row = {"epoch": epoch, "time_s": round(seconds, 3)}
-        row |= {f"train/{name}": float(value) for name, value in zip(("box", "obj", "cls"), trained.loss, strict=True)}
+        row |= {f"train/{name}": float(value) for name, value in zip(Loss.NAMES, trained.loss, strict=True)}
         if self.result:
-            row |= {f"val/{name}": float(value) for name, value in zip(("box", "obj", "cls"), self.result.loss, strict=True)}
-            row |= {f"metrics/{name}": value for name, value in self.result.metrics().items()}
             metrics = self.result.metrics()
+            row |= {f"val/{name}": float(value) for name, value in zip(Loss.NAMES, self.result.loss, strict=True)}
+            row |= {f"metrics/{name}": value for name, value in metrics.items()}
             info(f"  val: P {metrics['precision']:.3f}  R {metrics['recall']:.3f}  mAP50 {metrics['mAP50']:.4f}  mAP50-95 {metrics['mAP50-95']:.4f}"
                  f"  ({seconds:.0f} s, {trained.images_per_second:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GB)")
         row["lr"] = trained.settings.weight_lr
-        self.state.epoch, self.state.step = epoch + 1, self.state.step + trained.steps
         self.state.history.append(row)
         self.scalars.add(epoch, row)
         write_results(self.run_dir / "results.csv", self.state.history)
 
-    def _is_over(self, seconds: float) -> bool:
-        config, state = self.config, self.state
-        if self.result and self.result.fitness > state.best_fitness:
-            state.best_fitness, state.best_epoch = self.result.fitness, state.epoch - 1
-            if not config.nosave:
+    def _keep_best(self, epoch: int) -> None:
+        if self.result and self.result.fitness > self.state.best_fitness:
+            self.state.best_fitness, self.state.best_epoch = self.result.fitness, epoch
+            if not self.config.nosave:
                 self._save_best()
+
+    def _is_over(self, epoch: int, seconds: float) -> bool:
+        config, state = self.config, self.state
         if config.time_limit and seconds > config.time_limit * 60:
-            info(f"time limit of {config.time_limit:g} minutes reached after epoch {state.epoch}")
+            info(f"time limit of {config.time_limit:g} minutes reached after epoch {epoch + 1}")
             return True
-        if config.patience and self.result and state.epoch - 1 - state.best_epoch >= config.patience:
+        if config.patience and self.result and epoch - state.best_epoch >= config.patience:
             info(f"no better fitness for {config.patience} epochs (best: epoch {state.best_epoch + 1}): stopped early; --patience 0 would go on")
             return True
         return False
 
     def _checkpoint(self, half: bool) -> Checkpoint:
         weights = self.stepper.ema.model.state_dict()
-        if half:
-            weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
         metrics = self.result.metrics() if self.result else {}
+        weights = cast_floats(weights, torch.float16 if half else torch.float32)
         return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz)
 
     def _save_best(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.config import Hyp
-from utils.training.schedule import NOMINAL_BATCH, Step
+from utils.training.schedule import NOMINAL_BATCH, StepSettings, accumulation
 
 
 def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> torch.optim.Optimizer:
@@ -19,8 +19,7 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> t
     for key, parameter in model.named_parameters():
         group = biases if key.endswith("bias") else weights if parameter.ndim > 1 else others
         group.append(parameter)
-    accumulate = max(round(NOMINAL_BATCH / batch_size), 1)
-    decay = hyp.weight_decay * batch_size * accumulate / NOMINAL_BATCH
+    decay = hyp.weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
     groups = [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     if name == "SGD":
         return torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True, fused=True)
@@ -37,7 +36,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 slots[name] = torch.empty_like(parameter).copy_(value)
 
 
-def apply_step(optimizer: torch.optim.Optimizer, step: Step) -> None:
+def apply_step(optimizer: torch.optim.Optimizer, step: StepSettings) -> None:
     """Set the groups' learning rates and momentum."""
     for n, group in enumerate(optimizer.param_groups):
         group["lr"] = step.bias_lr if n == 0 else step.weight_lr

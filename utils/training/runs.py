@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp, newest_last
+from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import new_run_dir, write_yaml
 from utils.log import info
 from utils.training.state import TrainState
 
-_MAY_CHANGE = {"resume", "epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
+_MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ def new_run(given: dict[str, Any]) -> Run:
     return Run(dataclasses.replace(config, **paths), load_hyp(config.hyp))
 
 
+def _newest_last(project: str) -> Path:
+    """The newest last.pt below a folder of runs."""
+    found = sorted(Path(project).glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: no weights/last.pt below {project}; name one: --resume runs/train/exp/weights/last.pt")
+    return found[-1]
+
+
 def resumed_run(given: dict[str, Any]) -> Run:
     """The run that `--resume` names, with its own settings and those few that may change.
 
@@ -43,7 +51,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
     """
     given = dict(given)
     asked = given.pop("resume")
-    last = newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else Path(asked)
+    last = _newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else Path(asked)
     for name in given:
         if name not in _MAY_CHANGE:
             flag = f"--{name.replace('_', '-')}"
@@ -56,7 +64,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
         raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
-    state.config, state.finished = dataclasses.asdict(config), False
+    state.finished = False
     info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
     return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parents[1], checkpoint, state)
 

@@ -21,7 +21,7 @@ def warmup_steps(hyp: Hyp, steps_per_epoch: int) -> int:
     return max(round(hyp.warmup_epochs * steps_per_epoch), _MIN_WARMUP_STEPS) if hyp.warmup_epochs else 0
 
 
-class Step(NamedTuple):
+class StepSettings(NamedTuple):
     """The settings of one step."""
 
     weight_lr: float
@@ -30,12 +30,16 @@ class Step(NamedTuple):
     accumulate: int  # batches to gather before the optimizer steps
 
 
-def settings(step: int, epoch: int, epochs: int, warmup: int, batch_size: int, hyp: Hyp, cosine: bool) -> Step:
+def accumulation(batch_size: int) -> int:
+    """Batches that make up the nominal one."""
+    return max(round(NOMINAL_BATCH / batch_size), 1)
+
+
+def settings(step: int, epoch: int, epochs: int, warmup: int, batch_size: int, hyp: Hyp, cosine: bool) -> StepSettings:
     """Settings at a step counted from the start of training; during warm-up the weights' rate rises from 0, the biases' falls to meet it."""
-    lr = hyp.lr0 * decay(epoch, epochs, hyp.lrf, cosine)
-    accumulate = max(NOMINAL_BATCH / batch_size, 1.0)
+    lr, accumulate = hyp.lr0 * decay(epoch, epochs, hyp.lrf, cosine), accumulation(batch_size)
     if step >= warmup:
-        return Step(lr, lr, hyp.momentum, max(round(accumulate), 1))
+        return StepSettings(lr, lr, hyp.momentum, accumulate)
     t = step / warmup
-    return Step(lr * t, hyp.warmup_bias_lr + (lr - hyp.warmup_bias_lr) * t, hyp.warmup_momentum + (hyp.momentum - hyp.warmup_momentum) * t,
-                max(round(1 + (accumulate - 1) * t), 1))
+    return StepSettings(lr * t, hyp.warmup_bias_lr + (lr - hyp.warmup_bias_lr) * t,
+                        hyp.warmup_momentum + (hyp.momentum - hyp.warmup_momentum) * t, max(round(1 + (accumulate - 1) * t), 1))

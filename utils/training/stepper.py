@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from utils.training.ema import ModelEma
 from utils.training.optim import apply_step
-from utils.training.schedule import Step
+from utils.training.schedule import StepSettings
 
 _MAX_GRAD_NORM = 10.0
 
@@ -21,7 +21,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._gathered = 0
 
-    def backward(self, loss: Tensor, settings: Step) -> None:
+    def backward(self, loss: Tensor, settings: StepSettings) -> None:
         apply_step(self.optimizer, settings)
         self.scaler.scale(loss).backward()
         self._gathered += 1
