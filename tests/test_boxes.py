@@ -72,7 +72,8 @@ def test_ciou_is_symmetric_and_at_most_one():
     assert ciou(a[:0], b[:0]).shape == (0,)
 
 
-DEGENERATE = [[0, 0, 0, 0], [5, 5, 0, 3], [5, 5, 3, 0], [5, 5, 1e-12, 1e-12], [5, 5, 1e4, 1e-6], [1e4, 1e4, 1e4, 1e4], [5, 5, 3, 3], [-5, 5, 1e-3, 1e3]]
+DEGENERATE = [[0, 0, 0, 0], [5, 5, 0, 3], [5, 5, 3, 0], [5, 5, 1e-12, 1e-12], [5, 5, 1e4, 1e-6], [1e4, 1e4, 1e4, 1e4], [5, 5, 3, 3],
+              [-5, 5, 1e-3, 1e3]]
 
 
 def test_gradients_of_degenerate_boxes_are_finite():
@@ -96,7 +97,8 @@ def test_letterbox_there_and_back(width, height, longer, pad_x, pad_y, fractions
     assert max(scaled) == longer and min(scaled) >= 1
     target = scaled[0] + pad_x, scaled[1] + pad_y
     box = centre_in((width, height), scaled, target)
-    corners = np.array([sorted(fractions[:2])[0] * width, sorted(fractions[2:])[0] * height, sorted(fractions[:2])[1] * width, sorted(fractions[2:])[1] * height])
+    (left, right), (top, bottom) = sorted(fractions[:2]), sorted(fractions[2:])
+    corners = np.array([left * width, top * height, right * width, bottom * height])
     inside = box.forward(corners)
     assert (inside >= -1e-9).all() and (inside[0::2] <= target[0] + 1e-9).all() and (inside[1::2] <= target[1] + 1e-9).all()
     np.testing.assert_allclose(box.back(inside), corners, rtol=0, atol=1e-9 * max(width, height))

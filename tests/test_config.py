@@ -21,12 +21,13 @@ FLAGS = [(cls, field) for cls in CONFIGS for field in dataclasses.fields(cls)]
 
 # YOLOv5's own flags, which its users' commands name.
 YOLOV5 = {
-    TrainConfig: "cfg weights data hyp epochs batch-size batch imgsz img img-size rect resume nosave noval noautoanchor noplots cache image-weights device "
-    "multi-scale single-cls optimizer sync-bn workers project name exist-ok cos-lr label-smoothing patience freeze save-period seed precision time-limit",
-    ValConfig: "weights data batch-size batch imgsz img img-size conf-thres iou-thres max-det task device workers single-cls augment verbose save-txt save-conf "
-    "save-json project name exist-ok half",
-    DetectConfig: "weights source imgsz img img-size conf-thres iou-thres max-det device view-img save-txt save-csv save-conf save-crop nosave classes "
-    "agnostic-nms augment project name exist-ok line-thickness hide-labels hide-conf half vid-stride",
+    TrainConfig: "cfg weights data hyp epochs batch-size batch imgsz img img-size rect resume nosave noval noautoanchor noplots cache image-weights "
+    "device multi-scale single-cls optimizer sync-bn workers project name exist-ok cos-lr label-smoothing patience freeze save-period seed precision "
+    "time-limit",
+    ValConfig: "weights data batch-size batch imgsz img img-size conf-thres iou-thres max-det task device workers single-cls augment verbose "
+    "save-txt save-conf save-json project name exist-ok half",
+    DetectConfig: "weights source imgsz img img-size conf-thres iou-thres max-det device view-img save-txt save-csv save-conf save-crop nosave "
+    "classes agnostic-nms augment project name exist-ok line-thickness hide-labels hide-conf half vid-stride",
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def test_defaults_and_what_is_given(cls):
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_yolov5s_flags_are_there(cls):
-    known = {flag for field in dataclasses.fields(cls) for flag in (field.name.replace("_", "-"), *(alias[2:] for alias in field.metadata["aliases"]))}
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(cls)}
+    known |= {alias.removeprefix("--") for field in dataclasses.fields(cls) for alias in field.metadata["aliases"]}
     assert set(YOLOV5[cls].split()) - known == set()
 
 
@@ -100,10 +102,12 @@ def test_yolov5s_habits():
     (TrainConfig, ["--workers", "-1"], ["--workers -1"]), (TrainConfig, ["--patience", "-1"], ["--patience -1"]),
     (TrainConfig, ["--save-period", "0"], ["--save-period 0"]), (TrainConfig, ["--seed", "-1"], ["--seed -1"]),
     (TrainConfig, ["--seed", str(2**64)], ["--seed", "2**32"]), (TrainConfig, ["--freeze", "-1"], ["--freeze -1"]),
-    (TrainConfig, ["--freeze"], ["--freeze"]), (TrainConfig, ["--cache", "disc"], ["--cache", "disk"]), (TrainConfig, ["--name", ""], ["--name", "folder"]),
+    (TrainConfig, ["--freeze"], ["--freeze"]), (TrainConfig, ["--cache", "disc"], ["--cache", "disk"]),
+    (TrainConfig, ["--name", ""], ["--name", "folder"]),
     (TrainConfig, ["--name", ".."], ["--name ..", "folder"]), (TrainConfig, ["--epochz", "5"], ["--epochz", "did you mean --epochs"]),
     (TrainConfig, ["--image-size=9"], ["--image-size", "did you mean --img-size"]), (TrainConfig, ["stray"], ["stray"]),
-    (TrainConfig, ["--no", "1"], ["--no", "--nosave"]), (ValConfig, ["--conf", "1.1"], ["--conf-thres 1.1"]), (ValConfig, ["--iou", "-.1"], ["--iou-thres -0.1"]),
+    (TrainConfig, ["--no", "1"], ["--no", "--nosave"]), (ValConfig, ["--conf", "1.1"], ["--conf-thres 1.1"]),
+    (ValConfig, ["--iou", "-.1"], ["--iou-thres -0.1"]),
     (ValConfig, ["--max-det", "0"], ["--max-det 0"]), (ValConfig, ["--task", "study"], ["--task", "speed"]),
     (DetectConfig, ["--imgsz", "1", "2"], ["--imgsz 1 2"]), (DetectConfig, ["--imgsz", "64", "64", "64"], ["one or two"]),
     (DetectConfig, ["--classes", "-1"], ["--classes -1"]), (DetectConfig, ["--classes", "x"], ["--classes", "'x'"]),
@@ -131,9 +135,10 @@ def test_workers_are_at_most_the_cores(monkeypatch):
 # Hyperparameters
 
 
-YOLOV5_HYP = dict(lr0=0.01, lrf=0.1, momentum=0.937, weight_decay=0.0005, warmup_epochs=3.0, warmup_momentum=0.8, warmup_bias_lr=0.1, box=0.05, cls=0.3,
-                  cls_pw=1.0, obj=0.7, obj_pw=1.0, iou_t=0.20, anchor_t=4.0, fl_gamma=0.0, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, degrees=0.0, translate=0.1,
-                  scale=0.9, shear=0.0, perspective=0.0, flipud=0.0, fliplr=0.5, mosaic=1.0, mixup=0.1, copy_paste=0.0, anchors=3)  # fmt: skip
+YOLOV5_HYP = dict(lr0=0.01, lrf=0.1, momentum=0.937, weight_decay=0.0005, warmup_epochs=3.0, warmup_momentum=0.8, warmup_bias_lr=0.1, box=0.05,
+                  cls=0.3, cls_pw=1.0, obj=0.7, obj_pw=1.0, iou_t=0.20, anchor_t=4.0, fl_gamma=0.0, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, degrees=0.0,
+                  translate=0.1, scale=0.9, shear=0.0, perspective=0.0, flipud=0.0, fliplr=0.5, mosaic=1.0, mixup=0.1, copy_paste=0.0,
+                  anchors=3)  # fmt: skip
 
 
 def test_a_hyp_file_of_yolov5s_shape(tmp_path):
@@ -159,9 +164,11 @@ def test_every_default_is_in_its_range():
 
 @pytest.mark.parametrize(("content", "words"), [
     ({"mosiac": 1.0}, ["mosiac", "unknown key", "did you mean mosaic"]), ({"copy_paste": 0.1}, ["copy_paste", "only 0.0 is supported"]),
-    ({"fl_gamma": 1.5}, ["fl_gamma", "only 0.0"]), ({"lr0": "0.01"}, ["lr0", "number", "'0.01'"]), ({"lr0": True}, ["lr0", "True"]), ({"lr0": 0}, ["lr0", "above 0"]),
+    ({"fl_gamma": 1.5}, ["fl_gamma", "only 0.0"]), ({"lr0": "0.01"}, ["lr0", "number", "'0.01'"]), ({"lr0": True}, ["lr0", "True"]),
+    ({"lr0": 0}, ["lr0", "above 0"]),
     ({"lr0": float("nan")}, ["lr0", "finite"]), ({"lr0": float("inf")}, ["lr0", "finite"]), ({"momentum": 1.5}, ["momentum", "between 0 and 1"]),
-    ({"scale": 1.0}, ["scale", "below 1"]), ({"anchor_t": 1}, ["anchor_t"]), ({"degrees": -1}, ["degrees"]), ({"perspective": 0.1}, ["perspective", "0.001"]),
+    ({"scale": 1.0}, ["scale", "below 1"]), ({"anchor_t": 1}, ["anchor_t"]), ({"degrees": -1}, ["degrees"]),
+    ({"perspective": 0.1}, ["perspective", "0.001"]),
     ({1: 2}, ["1", "unknown key"]), ({"lr0": None}, ["lr0", "None"]), ({"lr0": [1]}, ["lr0", "[1]"]),
 ])  # fmt: skip
 def test_hyps_refused(content, words):

@@ -36,10 +36,11 @@ def test_every_place_tried_is_named(tmp_path):
     (tmp_path / "bcd.txt").write_text("")
     with pytest.raises(UserError) as raised:
         find_file("bcd.yaml", [tmp_path, tmp_path / "none"], "data YAML")
-    assert str(raised.value) == f"bcd.yaml: no such data YAML; looked at bcd.yaml, {tmp_path}/bcd.yaml, {tmp_path}/none/bcd.yaml; did you mean bccd.yaml?"
+    tried = f"bcd.yaml, {tmp_path}/bcd.yaml, {tmp_path}/none/bcd.yaml"
+    assert str(raised.value) == f"bcd.yaml: no such data YAML; looked at {tried}; did you mean bccd.yaml?"
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "x\0y", "a" * 300, "a/" * 100, "~nosuchuser/x.yaml", "x.[", "x.**", "*", "\ud800", "/", "\n", "COM1"])
+@pytest.mark.parametrize("name", ["", ".", "..", "x\0y", "a" * 300, "a/" * 100, "~nosuchuser/x.yaml", "x.[", "x.**", "*", "\ud800", "/", "\n"])
 def test_names_that_no_file_has(tmp_path, name):
     with pytest.raises(UserError, match="no such"):
         find_file(name, [tmp_path], "YAML")
@@ -80,9 +81,11 @@ def test_many_names_are_no_bomb(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("a: 1\nb: [1,\n", [":3:", "not valid YAML"]), ("a: 1\na: 2\n", [":2:", "'a' is there twice"]), ("x: {1: a, 1: b}\n", [":1:", "'1' is there twice"]),
+    ("a: 1\nb: [1,\n", [":3:", "not valid YAML"]), ("a: 1\na: 2\n", [":2:", "'a' is there twice"]),
+    ("x: {1: a, 1: b}\n", [":1:", "'1' is there twice"]),
     ("a: !!int x\n", [":1:", "'x' is no int"]), (f"a: {'9' * 30}\n", [":1:", "is no int"]), ("a: 2024-99-99\n", [":1:", "is no timestamp"]),
-    ("a: !!python/object:os.x {}\n", [":1:", "python/object:os.x"]), ("a: *b\n", [":1:", "undefined alias"]), ("", ["found NoneType"]), ("[1]", ["found list"]),
+    ("a: !!python/object:os.x {}\n", [":1:", "python/object:os.x"]), ("a: *b\n", [":1:", "undefined alias"]), ("", ["found NoneType"]),
+    ("[1]", ["found list"]),
     ("a: &a [*a]\n", [":1:", "alias"]), ("a: " + "[" * 60 + "]" * 60, [":1:", "deeper than 50"]), ("a: 1\x07", ["not valid YAML"]),
 ])  # fmt: skip
 def test_yaml_refused(tmp_path, text, words):
@@ -169,10 +172,13 @@ def test_is_writable(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "words"), [
-    (UserError("a.yaml: row 3:\n  mend it"), ["a.yaml: row 3: mend it"]), (UserError("\x1b[31mred\x07"), ["[31mred"]), (KeyboardInterrupt(), ["interrupted"]),
-    (OSError(errno.ENOSPC, "No space left on device", "x/last.pt"), ["x/last.pt", "No space", "room"]), (PermissionError(errno.EACCES, "denied", "y"), ["y", "denied"]),
+    (UserError("a.yaml: row 3:\n  mend it"), ["a.yaml: row 3: mend it"]), (UserError("\x1b[31mred\x07"), ["[31mred"]),
+    (KeyboardInterrupt(), ["interrupted"]),
+    (OSError(errno.ENOSPC, "No space left on device", "x/last.pt"), ["x/last.pt", "No space", "room"]),
+    (PermissionError(errno.EACCES, "denied", "y"), ["y", "denied"]),
     (OSError(errno.ENAMETOOLONG, "File name too long", "z"), ["z", "too long"]), (MemoryError(), ["out of memory", "--batch-size"]),
-    (RuntimeError("CUDA out of memory. Tried"), ["out of memory"]), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["out of memory"]),
+    (RuntimeError("CUDA out of memory. Tried"), ["out of memory"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["out of memory"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
     @script
@@ -181,7 +187,8 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
 
     assert main() == USER_ERROR == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err and [word for word in words if word not in err] == [], err
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err
+    assert [word for word in words if word not in err] == [], err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), OSError(errno.EIO, "I/O error"), AssertionError()])
@@ -204,7 +211,7 @@ def test_a_script_answers_its_exit_code():
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "import sys\nfrom utils.errors import script\n@script\ndef main(argv=None):\n    for n in range(10**6): print(n)\n    return 0\nsys.exit(main())"
+    code = "import sys\nfrom utils.errors import script\nsys.exit(script(lambda argv=None: [print(n) for n in range(10**6)] and 0)())"
     shell = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     shell.stdout.readline()
     shell.stdout.close()

@@ -22,7 +22,8 @@ def lived_in(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.weight, 0.7, 1.3), (module.bias, -0.2, 0.2), (module.running_mean, -0.3, 0.3), (module.running_var, 0.6, 1.6)):
+            for tensor, low, high in ((module.weight, 0.7, 1.3), (module.bias, -0.2, 0.2), (module.running_mean, -0.3, 0.3),
+            (module.running_var, 0.6, 1.6)):
                 tensor.data.uniform_(low, high, generator=generator)
     return model
 
@@ -127,6 +128,11 @@ class RunTwice(Pair):
         return self.another(self.odd_name(x)) + self.odd_name(x.flip(3))
 
 
+class BothTwice(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.another(self.odd_name(x).sigmoid()) + self.another(self.odd_name(x.flip(3)))
+
+
 class NormTwice(Pair):
     def forward(self, x: Tensor) -> Tensor:
         return self.another(self.another(self.odd_name(x)))
@@ -149,7 +155,7 @@ class ReadsTheShape(Pair):
 
 UNFOLDED = {
     "used twice": UsedTwice(), "used in a list": UsedInAList(), "used as a view": UsedAsAView(), "used indexed": UsedIndexed(),
-    "used by keyword": UsedByKeyword(), "also returned": AlsoReturned(), "activation between": ActivationBetween(), "run twice": RunTwice(),
+    "used by keyword": UsedByKeyword(), "also returned": AlsoReturned(), "activation between": ActivationBetween(), "run twice": RunTwice(), "both run twice": BothTwice(),
     "norm twice": NormTwice(), "own convolution": Pair(Standardised(3, 8, 3, padding=1)),
     "norm of the batch": Pair(norm=nn.BatchNorm2d(8, track_running_stats=False)), "norm of the instance": Pair(norm=nn.InstanceNorm2d(8)),
     "transposed in groups": Pair(nn.ConvTranspose2d(3, 9, 2, 2, groups=3), nn.BatchNorm2d(9)),

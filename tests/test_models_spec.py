@@ -1,9 +1,10 @@
-"""The parser: YAML rows -> ModelSpec -> modules. What it reads, hand-worked; and that nothing a YAML says brings another exception, a hang or code to run."""
+"""The parser, YAML rows -> ModelSpec -> modules: what it reads, hand-worked; and that no YAML brings another exception, a hang or code to run."""
 from __future__ import annotations
 
 import copy
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,14 +59,14 @@ def test_rows_are_read():
     assert last.args == (3, ((10, 13, 16, 30, 33, 23),)) and last.place == "my.yaml: row 3 (head 0) Detect"
 
 
-@pytest.mark.parametrize(("number", "depth", "repeats"), [(1, 0.33, 1), (3, 0.33, 1), (6, 0.33, 2), (9, 0.33, 3), (9, 0.67, 6), (3, 1.33, 4), (2, 0.1, 1),
-                                                          (1, 3.0, 1), (3, 0.5, 2), (9, 0.5, 4)])  # 1.5 and 4.5 round to even
+@pytest.mark.parametrize(("number", "depth", "repeats"), [(1, 0.33, 1), (3, 0.33, 1), (6, 0.33, 2), (9, 0.33, 3), (9, 0.67, 6), (3, 1.33, 4),
+                                                          (2, 0.1, 1), (1, 3.0, 1), (3, 0.5, 2), (9, 0.5, 4)])  # 1.5 and 4.5 round to even
 def test_depth_rule(number, depth, repeats):
     assert spec_of([[-1, number, "C3", [16]]], depth_multiple=depth).layers[0].repeats == repeats
 
 
-@pytest.mark.parametrize(("width", "multiple", "built"), [(64, 0.5, 32), (64, 0.25, 16), (96, 0.75, 72), (100, 0.5, 56), (8, 0.1, 8), (1024, 1.25, 1280),
-                                                          (24, 0.5, 24)])  # 24 = 3 anchors * (3 classes + 5): an output count is left alone
+@pytest.mark.parametrize(("width", "multiple", "built"), [(64, 0.5, 32), (64, 0.25, 16), (96, 0.75, 72), (100, 0.5, 56), (8, 0.1, 8),
+                                                          (1024, 1.25, 1280), (24, 0.5, 24)])  # 24 = 3 * (nc 3 + 5): an output count stays
 def test_width_rule(width, multiple, built):
     rows = build_rows(spec_of([[-1, 1, "Conv", [width, 3, 2]]], width_multiple=multiple))
     assert rows.modules[0].conv.out_channels == built and rows.shapes == [(built, 128, 128)]
@@ -197,6 +198,7 @@ WRONG_ROWS = {
     "padded hugely": ("[[-1,1,nn.ZeroPad2d,[100000]]]", "row 0", "beyond every machine"),
     "pooled to a huge size": ("[[-1,1,nn.AdaptiveAvgPool2d,[100000]]]", "row 0", "beyond every machine"),
     "pooled slowly": ("[[-1,1,SPP,[64,[100001]]]]", "row 0", "beyond every machine"),
+    "pooled slowly over few values": ("[[-1,1,nn.MaxPool2d,[511,1,255]]]", "row 0", "beyond every machine"),
     "upsampled how": ("[[-1,1,nn.Upsample,[None,2,nearst]]]", "row 0", "nearst"),
     "groups": ("[[-1,1,Conv,[16,3,2,None,5]]]", "row 0", "groups"),
     "activation of one layer": ("[[-1,1,Conv,[16,3,2,None,1,1,nn.ReLU]]]", "row 0", "nn.ReLU", "activation:"),
@@ -288,8 +290,10 @@ def test_wrong_settings(tmp_path, case):
     assert [word for word in words if word not in line] == [], line
 
 
-@pytest.mark.parametrize(("text", "word"), [(text_of(rows="[]"), "'backbone:'"), (text_of(rows="{a: 1}"), "'backbone:'"), (text_of(head="null"), "'head:'"),
-                                            ("nc: 3\nanchors: 3\nhead: []\n", "'backbone:'")])  # fmt: skip
+@pytest.mark.parametrize(("text", "word"), [
+    (text_of(rows="[]"), "'backbone:'"), (text_of(rows="{a: 1}"), "'backbone:'"), (text_of(head="null"), "'head:'"),
+    ("nc: 3\nanchors: 3\nhead: []\n", "'backbone:'"),
+])  # fmt: skip
 def test_parts_missing(tmp_path, text, word):
     assert word in refusal(tmp_path, text)
 
@@ -307,7 +311,8 @@ PAYLOAD = "__import__('os').system('touch {path}')"
     text_of(top='nc: 3\nanchors: 3\nactivation: "PAYLOAD"\n'), text_of(top='nc: 3\nanchors: 3\nactivation: "nn.LeakyReLU(PAYLOAD)"\n'),
     text_of(top='nc: 3\nanchors: 3\nwidth_multiple: "PAYLOAD"\n'), text_of(top='nc: 3\nanchors: 3\n"PAYLOAD": 1\n'),
     'nc: !!python/object/apply:os.system ["touch {path}"]\n', 'nc: !!python/object/new:os.system ["touch {path}"]\n',
-    "nc: !!python/name:os.system ''\n", "nc: !!python/module:antigravity ''\n", text_of("[[-1, 1, !!python/name:os.system '', [16]]]"), "nc: !mine 3\n",
+    "nc: !!python/name:os.system ''\n", "nc: !!python/module:antigravity ''\n", text_of("[[-1, 1, !!python/name:os.system '', [16]]]"),
+    "nc: !mine 3\n",
 ])  # fmt: skip
 def test_nothing_is_run(tmp_path, text):
     mark = tmp_path / "run"
@@ -316,17 +321,20 @@ def test_nothing_is_run(tmp_path, text):
 
 
 LEVELS = "abcdefghi"
-BOMB = "".join(f"  {c}: &{c} [{','.join(['*' + p] * 10)}]\n" for p, c in zip(LEVELS, LEVELS[1:], strict=False))
+BOMB = "".join(f"  {c}: &{c} [{','.join(['*' + p] * 10)}]\n" for p, c in pairwise(LEVELS))
 
 
 @pytest.mark.parametrize("text", [
-    "", "   \n# nothing\n", "- 1\n- 2\n", "hello", "42", "a: 1\n---\nb: 2\n", "a:\n\t- 1\n", "a: [1, 2\n", "a: *b\n", "\x00", b"\xff\xfe\x00", b"nc: \xe9\n",
+    "", "   \n# nothing\n", "- 1\n- 2\n", "hello", "42", "a: 1\n---\nb: 2\n", "a:\n\t- 1\n", "a: [1, 2\n", "a: *b\n", "\x00",
+    b"\xff\xfe\x00", b"nc: \xe9\n",
     "nc: 80".encode("utf-16"), "? [a]\n: 1\n", "? {a: 1}\n: 1\n", "nc: !!int abc\n", "nc: !!int ''\n", "nc: !!bool abc\n", "nc: !!float abc\n",
     "nc: !!timestamp abc\n", "nc: 2024-13-45\n", "nc: 12:99:99999999999999999999999999\n", '"\\e[31mred\\nline": 3\n', "nc: " + "[" * 5000,
     "nc: " + "[" * 400 + "]" * 400, "nc: " + "{a: " * 300 + "1" + "}" * 300, f"x:\n  a: &a [x,x,x,x,x,x,x,x,x,x]\n{BOMB}",
-    "a: &a {x: 1, y: 2}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 10)}]}}\n" for p, c in zip(LEVELS, LEVELS[1:], strict=False)),
-    "a: &a [*a]\n", "a: &a {b: *a}\n", text_of("&a [*a]"), text_of("[[-1, 1, Conv, &a [16, *a]]]"), "a: 1\n" * 3, text_of(f"[[-1, 1, {'Conv' * 9000}, [16]]]"),
-    "x" * 300_000, text_of(top=f"nc: 3\nanchors: 3\nactivation: '{'(' * 3000}'\n"), text_of(top=f"nc: 3\nanchors: 3\nactivation: '{'-' * 50_000}1'\n"),
+    "a: &a {x: 1, y: 2}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 10)}]}}\n" for p, c in pairwise(LEVELS)),
+    "a: &a [*a]\n", "a: &a {b: *a}\n", text_of("&a [*a]"), text_of("[[-1, 1, Conv, &a [16, *a]]]"), "a: 1\n" * 3,
+    text_of(f"[[-1, 1, {'Conv' * 9000}, [16]]]"),
+    "x" * 300_000, text_of(top=f"nc: 3\nanchors: 3\nactivation: '{'(' * 3000}'\n"),
+    text_of(top=f"nc: 3\nanchors: 3\nactivation: '{'-' * 50_000}1'\n"),
     text_of("[" + "[-1, 1, nn.Identity, []]," * 3000 + "]"),
 ], ids=range(38))  # fmt: skip
 def test_broken_and_hostile_text(tmp_path, text):
@@ -357,8 +365,9 @@ def test_a_wrong_row_takes_no_memory_and_leaves_the_random_numbers_alone():
 # Random changes of the shipped files: each builds or is refused in one line
 
 VALUES = st.one_of(
-    st.sampled_from([None, True, False, 0, 1, -1, 2, 3, 7, 64, -7, 99999, 10**9, 0.5, -0.5, 1e300, float("nan"), float("inf"), "", "None", "nc", "anchors", "Conv",
-                     "C3", "Detect", "Concat", "ADD", "nn.Upsample", "nearest", "nn.ReLU()", "64*2", PAYLOAD, "\x1b[31m", [], {}, [1], [-1], [[]], {"k": 3}]),
+    st.sampled_from([None, True, False, 0, 1, -1, 2, 3, 7, 64, -7, 99999, 10**9, 0.5, -0.5, 1e300, float("nan"), float("inf"), "", "None", "nc",
+                     "anchors", "Conv", "C3", "Detect", "Concat", "ADD", "nn.Upsample", "nearest", "nn.ReLU()", "64*2", PAYLOAD, "\x1b[31m", [], {},
+                     [1], [-1], [[]], {"k": 3}]),
     st.sampled_from(block_names()), st.integers(-9, 200), st.floats(), st.text(max_size=5),
 )  # fmt: skip
 
@@ -439,16 +448,18 @@ def test_activations(text, shown):
     assert str(parse_activation(text, "my.yaml")) == shown
 
 
-@pytest.mark.parametrize("text", ["", "nn", "nn.Linear(3, 3)", "nn.ReLU(", "nn.ReLU();import os", "nn.ReLU() if 1 else 2", "lambda: 0", "nn.LeakyReLU(*[1])",
-                                  "nn.LeakyReLU(**{'a': 1})", "nn.LeakyReLU(open('x'))", "nn.LeakyReLU(9**9**9)", "nn.LeakyReLU(nn)", "getattr(nn, 'ReLU')()",
-                                  "nn.ReLU()()", "nn['ReLU']", "nn.ReLU.__init__", "x\0y", "\ud800", "nn.LeakyReLU(1, 2, 3, 4)", "nn.LeakyReLU(1 + 2j)"])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", "nn", "nn.Linear(3, 3)", "nn.ReLU(", "nn.ReLU();import os", "nn.ReLU() if 1 else 2", "lambda: 0", "nn.LeakyReLU(*[1])",
+    "nn.LeakyReLU(**{'a': 1})", "nn.LeakyReLU(open('x'))", "nn.LeakyReLU(9**9**9)", "nn.LeakyReLU(nn)", "getattr(nn, 'ReLU')()", "nn.ReLU()()",
+    "nn['ReLU']", "nn.ReLU.__init__", "x\0y", "\ud800", "nn.LeakyReLU(1, 2, 3, 4)", "nn.LeakyReLU(1 + 2j)",
+])  # fmt: skip
 def test_activations_refused(text):
     with pytest.raises(UserError, match=r"^my\.yaml: "):
         parse_activation(text, "my.yaml")
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="Conv is registered already, by models.layers"):
+    with pytest.raises(ValueError, match=r"Conv is registered already, by models\.layers"):
         register("Conv", channels=to_width)(dict)
     block = find_block("Conv")
     assert register("Conv", channels=to_width)(block.cls) is block.cls  # the same class again is no mistake: a plugin imported twice

@@ -15,7 +15,8 @@ from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 
 FILES = sorted(Path(__file__).resolve().parents[1].glob("models/**/*.yaml"))
-LIGHT = ["yolov5n.yaml", "yolov5n-ghost.yaml", "yolov5s-shuffle-c3.yaml", "yolov5s-ghostnet.yaml", "yolov3-tiny.yaml", "yolov5s-transformer.yaml", "yolov5n6.yaml"]
+LIGHT = ["yolov5n.yaml", "yolov5n-ghost.yaml", "yolov5s-shuffle-c3.yaml", "yolov5s-ghostnet.yaml", "yolov3-tiny.yaml", "yolov5s-transformer.yaml",
+         "yolov5n6.yaml"]
 TINY = {"nc": 2, "anchors": [[10, 20, 30, 40]], "backbone": [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 4]]],
         "head": [[[-1], 1, "Detect", ["nc", "anchors"]]]}  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_building_draws_no_more_than_the_weights():
 def test_names():
     spec = ModelSpec.from_dict(TINY, "tiny.yaml")
     assert DetectionModel(spec).names == ("0", "1") and DetectionModel(spec, ["cat", "dog"]).names == ("cat", "dog")
-    with pytest.raises(UserError, match="tiny.yaml: 2 classes but 1 names"):
+    with pytest.raises(UserError, match=r"tiny\.yaml: 2 classes but 1 names"):
         DetectionModel(spec, ["cat"])
 
 
@@ -179,7 +180,8 @@ def test_weights_are_transferred_where_they_fit():
 def test_checkpoint_and_back(tmp_path):
     model = tiny().eval()
     path = tmp_path / "best.pt"
-    save_checkpoint(path, Checkpoint(model.spec.to_dict(), ("cat", "dog"), {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}))
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    save_checkpoint(path, Checkpoint(model.spec.to_dict(), ("cat", "dog"), halves))
     again = load_model(str(path))
     assert again.names == ("cat", "dog") and not again.training and next(again.parameters()).dtype == torch.float32
     images = torch.rand(1, 3, 64, 64)
@@ -191,7 +193,7 @@ def test_checkpoint_of_another_network_is_refused():
     model = tiny()
     weights = model.state_dict()
     del weights["model.0.conv.weight"]
-    with pytest.raises(UserError, match=r"x\.pt: its tensors are not those of its own network: 14 of 15 tensors taken; not taken: model\.0\.conv\.weight"):
+    with pytest.raises(UserError, match=r"x\.pt: its tensors are not those of its own network: 14 of 15 .*: model\.0\.conv\.weight"):
         model_from_checkpoint(Checkpoint(model.spec.to_dict(), ("a", "b"), weights), "x.pt")
     hostile = {**model.spec.to_dict(), "backbone": [[-1, 1, "__import__('os').system('ls')", [16]]]}
     with pytest.raises(UserError, match=r"^x\.pt: row 0 .*unknown module"):
@@ -238,7 +240,8 @@ def test_summary_script(tmp_path, capsys):
     assert main(["--cfg", str(tmp_path / "tiny.yaml"), "--imgsz", "60", "--device", "cpu", "--precision", "fp32"]) == 0
     out = capsys.readouterr().out
     assert "3,038 parameters" in out and "GFLOPs at 64 px" in out and "ms an image" in out and "threads, fp32" in out
-    for argv, word in ((["--cfg", "nosuch.yaml"], "nosuch.yaml"), (["--cfg", "yolov5n.yaml", "--imgsz", "-5"], "--imgsz -5"), (["--cfg", "yolov5n.yaml", "--imgszs", "9"], "did you mean --imgsz")):
+    for argv, word in ((["--cfg", "nosuch.yaml"], "nosuch.yaml"), (["--cfg", "yolov5n.yaml", "--imgsz", "-5"], "--imgsz -5"),
+    (["--cfg", "yolov5n.yaml", "--imgszs", "9"], "did you mean --imgsz")):
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and word in error and len(error.splitlines()) == 1

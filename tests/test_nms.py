@@ -46,8 +46,8 @@ def iou(a: tuple, b: tuple) -> float:
     return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
 
 
-OPTIONS = [{}, {"multi_label": True}, {"agnostic": True}, {"multi_label": True, "agnostic": True}, {"classes": [1]}, {"classes": [0, 2], "multi_label": True},
-           {"max_det": 3}, {"multi_label": True, "max_det": 7}, {"classes": []}]  # fmt: skip
+OPTIONS = [{}, {"multi_label": True}, {"agnostic": True}, {"multi_label": True, "agnostic": True}, {"classes": [1]}, 
+           {"classes": [0, 2], "multi_label": True},            {"max_det": 3}, {"multi_label": True, "max_det": 7}, {"classes": []}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -77,8 +77,22 @@ def test_equals_torchvisions(multi_label, max_det):
     torch.testing.assert_close(ours, torch.cat((boxes[keep], conf[keep, None], cls[keep, None].float()), 1))
 
 
+def test_many_boxes_of_one_object_hide_no_other():
+    """The best 3000 candidates are one object: those after them are looked at too, beside what is kept, whatever the number wanted."""
+    generator = torch.Generator().manual_seed(0)
+    crowd = torch.tensor([50.0, 50, 20, 20]) + torch.rand(3000, 4, generator=generator)
+    others = torch.cat((torch.arange(100)[:, None] * 30.0 + 200, torch.full((100, 3), 20.0)), 1)
+    boxes = torch.cat((crowd, others, others + 0.5))
+    conf = torch.linspace(0.9, 0.5, len(boxes))[:, None]
+    predictions = torch.cat((boxes, conf, torch.ones_like(conf)), 1)[None]
+    for max_det in (1, 2, 50, 101, 300):
+        (found,) = suppress(predictions, 0.1, 0.5, max_det=max_det)
+        assert len(found) == min(max_det, 101) and (found[1:, 0] == others[: len(found) - 1, 0] - 10).all()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.9), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(1, 20))
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.9), st.floats(0, 1), st.booleans(), st.booleans(),
+       st.integers(1, 20))
 def test_what_always_holds(n, num_classes, seed, conf_thres, iou_thres, multi_label, agnostic, max_det):
     predictions = random_predictions(n, num_classes, seed, batch=2)
     for boxes in suppress(predictions, conf_thres, iou_thres, multi_label=multi_label, agnostic=agnostic, max_det=max_det):
@@ -140,7 +154,8 @@ def test_of_equal_confidences_the_earlier_comes_first():
 def test_boxes_of_two_classes_never_meet():
     """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
     for size in (10.0, 1e4, 1e5):
-        boxes = torch.tensor([[[size * x, size * x, size, size, 0.9, *row] for row in ((1.0, 0, 0), (0, 1, 0), (0, 0, 1))] for x in (-1, 0, 1)]).view(1, 9, 8)
+        boxes = torch.tensor([[[size * x, size * x, size, size, 0.9, *row] for row in ((1.0, 0, 0), (0, 1, 0),
+        (0, 0, 1))] for x in (-1, 0, 1)]).view(1, 9, 8)
         assert len(suppress(boxes, 0.1, 0.5)[0]) == 9 and len(suppress(boxes, 0.1, 0.5, agnostic=True)[0]) == 3
 
 
