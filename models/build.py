@@ -148,14 +148,15 @@ class _Work:
 
     def add(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor) or x.dim() != 4:
+        is_conv, is_transposed = isinstance(module, nn.Conv2d), isinstance(module, nn.ConvTranspose2d)
+        if not isinstance(x, Tensor) or x.dim() != 4 or not (is_conv or is_transposed or type(module).__module__.startswith("torch.nn")):
             return
         # No layer's sides exceed this: upsampling and transposed convolution multiply, padding adds, the others only shrink.
-        factor = max(_largest(module, "scale_factor"), _largest(module, "stride") if isinstance(module, nn.ConvTranspose2d) else 1, 1)
-        shrink = 1 if isinstance(module, nn.ConvTranspose2d) else max(_largest(module, "stride"), 1)
-        side = max(*x.shape[2:], _largest(module, "size"), _largest(module, "output_size")) * factor / shrink + 2 * _largest(module, "padding")
-        values = getattr(module, "out_channels", x.shape[1]) * int(side) ** 2
-        self.total += values * (module.weight[0].numel() if isinstance(module, nn.Conv2d) else max(int(_largest(module, "kernel_size")), 1) ** 2)
+        stride = max(_largest(module, "stride"), 1)
+        factor = stride if is_transposed else max(_largest(module, "scale_factor"), 1) / stride
+        side = max(*x.shape[2:], _largest(module, "size"), _largest(module, "output_size")) * factor + 2 * _largest(module, "padding")
+        values = (module.out_channels if is_conv or is_transposed else x.shape[1]) * int(side) ** 2
+        self.total += values * (module.weight[0].numel() if is_conv else max(int(_largest(module, "kernel_size")), 1) ** 2)
         if values > _MOST_VALUES or self.total > _MOST_WORK:
             raise ValueError(f"an output of up to {values:,} values, {self.total:,} operations up to here, are beyond every machine; "
                              "is a number mistyped?")

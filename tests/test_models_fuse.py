@@ -155,8 +155,8 @@ class ReadsTheShape(Pair):
 
 UNFOLDED = {
     "used twice": UsedTwice(), "used in a list": UsedInAList(), "used as a view": UsedAsAView(), "used indexed": UsedIndexed(),
-    "used by keyword": UsedByKeyword(), "also returned": AlsoReturned(), "activation between": ActivationBetween(), "run twice": RunTwice(), "both run twice": BothTwice(),
-    "norm twice": NormTwice(), "own convolution": Pair(Standardised(3, 8, 3, padding=1)),
+    "used by keyword": UsedByKeyword(), "also returned": AlsoReturned(), "activation between": ActivationBetween(), "run twice": RunTwice(),
+    "both run twice": BothTwice(), "norm twice": NormTwice(), "own convolution": Pair(Standardised(3, 8, 3, padding=1)),
     "norm of the batch": Pair(norm=nn.BatchNorm2d(8, track_running_stats=False)), "norm of the instance": Pair(norm=nn.InstanceNorm2d(8)),
     "transposed in groups": Pair(nn.ConvTranspose2d(3, 9, 2, 2, groups=3), nn.BatchNorm2d(9)),
     "weight normed": Pair(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))),
