@@ -4,7 +4,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -60,8 +62,15 @@ def worker_count(asked: int) -> int:
     return min(asked, cores if cores > 1 else 0)
 
 
+def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A batch may be on its way to a training process that has just ended: the user has its one line already."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+    sys.excepthook = _report_unless_cut_off
     cv2.setNumThreads(0)  # each worker is one thread's worth of work
     torch.set_num_threads(1)
 
