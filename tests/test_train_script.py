@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,16 +22,10 @@ from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.files import ROOT
 from utils.threads import wait_politely
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

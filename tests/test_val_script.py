@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,8 @@ from utils.evaluate.output import yolo_lines
 from utils.evaluate.tta import Augmented
 from utils.evaluate.validate import check_classes, truth_of, validate
 from utils.training.loss import DetectionLoss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 
@@ -331,11 +332,3 @@ def test_augmented_works_with_strides_of_64(tmp_path: Path) -> None:
     with torch.inference_mode():
         boxes = augmented.decode(augmented(torch.rand(2, 3, 128, 192)))
         assert boxes.shape[0] == 2 and boxes.shape[1] > model.decode(model(torch.rand(1, 3, 128, 192))).shape[1] * 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

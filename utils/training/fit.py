@@ -60,6 +60,7 @@ class Training:
         _freeze(model, config.freeze)
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
+        # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
         self.stepper = Stepper(model, build_optimizer(model, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
         self.network = world.wrap(model, device, config.sync_bn)
         self.scalars = Scalars(run_dir) if world.rank == 0 else None
