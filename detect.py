@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import DetectConfig, parse
+from utils.config import DEFAULT_IMGSZ, DetectConfig, parse
 from utils.errors import script
 from utils.threads import wait_politely
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from models.plugin import load_plugin
-    from models.yolo import load_model
+    from models.yolo import model_from_checkpoint
+    from utils.checkpoint import load_checkpoint
     from utils.data.sources import open_source
     from utils.deploy.pipeline import detect
     from utils.deploy.predictor import Predictor
@@ -37,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     keep_freed_memory()
     device = select_device(config.device)
-    dtype = compute_dtype("fp16" if config.half else config.precision, device)
+    dtype = compute_dtype(config.compute_precision, device)
     if config.view_img:
         check_display()
     source = open_source(config.source, config.vid_stride)
     load_plugin(config.plugin)
-    model = load_model(config.weights)
-    imgsz = model.whole_strides(config.imgsz[0]), model.whole_strides(config.imgsz[-1])
+    checkpoint = load_checkpoint(config.weights)
+    model = model_from_checkpoint(checkpoint, config.weights)
+    sides = config.imgsz or (checkpoint.imgsz or DEFAULT_IMGSZ,)
+    imgsz = model.whole_strides(sides[0]), model.whole_strides(sides[-1])
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     network = model.fused().to(device, memory_format=torch.channels_last)
     predictor = Predictor(Augmented(network) if config.augment else network, model.names, model.pad_stride, imgsz, options, device, dtype)

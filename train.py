@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.anchors import adapt_anchors
     from utils.training.fit import Training
     from utils.training.memory import fit_batch
+    from utils.training.optim import freeze_rows
     from utils.training.runs import create_folder, new_run, resumed_run
 
     run = resumed_run(given) if "resume" in given else new_run(given)
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             info(f"{config.weights}: {transfer}" if transfer else "weights: random")
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
+        freeze_rows(model, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
         config = dataclasses.replace(config, batch_size=world.share(batch_size))

@@ -1,6 +1,6 @@
 """Score a checkpoint on a data set: precision, recall, F1 and COCO's mAP, with curves and pictures.
 
-    python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml --imgsz 320
+    python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml
     python val.py --weights yolov5n.pt --data coco128.yaml --task train --save-json
 """
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import ValConfig, parse
+from utils.config import DEFAULT_IMGSZ, ValConfig, parse
 from utils.errors import script
 from utils.threads import wait_politely
 
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from models.plugin import load_plugin
-    from models.yolo import load_model
+    from models.yolo import model_from_checkpoint
+    from utils.checkpoint import load_checkpoint
     from utils.data.open import open_splits, val_loader
     from utils.device import compute_dtype, describe, keep_freed_memory, select_device
     from utils.evaluate.official import pycocotools_scores
@@ -36,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     keep_freed_memory()
     device = select_device(config.device)
-    dtype = compute_dtype("fp16" if config.half else config.precision, device)
+    dtype = compute_dtype(config.compute_precision, device)
     load_plugin(config.plugin)
-    model = load_model(config.weights)
+    checkpoint = load_checkpoint(config.weights)
+    model = model_from_checkpoint(checkpoint, config.weights)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(model.names, split.names, config.single_cls, config.weights)
     network = model.fused().to(device, memory_format=torch.channels_last)
-    imgsz = model.whole_strides(config.imgsz)
+    imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
     loader = val_loader(split, imgsz, config.batch_size, model.pad_stride, config.workers, device)
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 

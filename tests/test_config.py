@@ -42,9 +42,9 @@ def example(field: dataclasses.Field) -> tuple[list[str], object]:
         return [], True
     if given.get("choices"):
         return [given["choices"][-1]], given["choices"][-1]
-    if given.get("type") is int:
+    if given.get("nargs") == "+":
         return ["64", "96"], (64, 96)
-    kind = type(field.default)
+    kind = given.get("type", type(field.default))
     text = {str: "some", int: "64", float: "0.25"}[kind]
     return [text], kind(text)
 

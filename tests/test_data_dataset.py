@@ -13,6 +13,7 @@ from tiny import data_yaml, make_split, picture_split
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import Hyp, ValConfig
+from utils.data import imagecache
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
@@ -161,6 +162,16 @@ def test_every_cache_gives_equal_samples(split: Split, tmp_path: Path) -> None:
 
 def no_reading() -> np.ndarray:
     raise AssertionError("it should be in the cache")
+
+
+def test_more_images_than_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 3 * 100 * 80 - 1)
+    sizes = np.array([[100, 80]])
+    with pytest.raises(UserError, match=r"--cache ram: the images take 0\.0 GB.*--cache auto or disk"):
+        ImageCache(sizes, "ram", 0)
+    assert ImageCache(sizes, "auto", 0).capacity == 0
+    monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 0)  # a system that does not tell
+    assert ImageCache(sizes, "ram", 0).capacity == 1
 
 
 @pytest.mark.parametrize("mode", ["ram", "disk"])

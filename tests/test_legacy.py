@@ -75,7 +75,6 @@ def test_a_training_checkpoint(tmp_path, family):
     read = load_checkpoint(save(tmp_path, content))
     assert_equal(read.state_dict, expected(model))
     assert read.names == ("cat", "dog")
-    assert read.source == "yolov5"
     assert read.training is None
     kept = {key: YAML[key] for key in ("depth_multiple", "width_multiple", "backbone", "head")}
     assert read.spec == {**kept, "nc": 2, "anchors": [[10, 13, 16, 30]]}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 import val
 from models.yolo import load_model
 from utils.boxes import xyxy_to_cxcywh
-from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.config import Hyp, ValConfig
 from utils.data.open import open_splits, val_loader
 from utils.errors import UserError
@@ -59,6 +60,15 @@ def flags(place: Path, weights: Path) -> list[str]:
 def run(flags: list[str], *extra: str, name: str) -> Path:
     assert val.main([*flags, "--name", name, *extra]) == 0
     return Path(flags[flags.index("--project") + 1]) / name
+
+
+@pytest.mark.parametrize(("trained_at", "flag", "used"), [(64, (), 64), (96, (), 96), (None, (), 640), (96, ("--imgsz", "60"), 64)])
+def test_image_size_is_the_checkpoints_own(trained_at, flag, used, flags, place, weights, capfd):
+    """A size that differs from training's costs accuracy silently."""
+    save_checkpoint(place / "sized.pt", dataclasses.replace(load_checkpoint(weights), imgsz=trained_at))
+    at = flags.index("--imgsz")
+    assert val.main([*flags[:at], *flags[at + 2 :], *flag, "--weights", str(place / "sized.pt"), "--task", "speed"]) == 0
+    assert f"at {used} px" in "".join(capfd.readouterr())
 
 
 def pycocotools_ap(labels: list[Path], images: list[Path], predictions: Path, nc: int) -> tuple[float, float]:

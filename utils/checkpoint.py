@@ -17,6 +17,7 @@ from utils.unpickle import STORAGE_DTYPES
 
 FORMAT = "light-yolo"
 VERSION = 1
+_LARGEST_IMGSZ = 8192  # pixels, as the command line takes
 _DTYPES = set(STORAGE_DTYPES.values())
 
 
@@ -31,7 +32,6 @@ class Checkpoint:
         metrics: as measured when it was saved.
         imgsz: side in pixels that it was trained for, if known.
         training: what resuming needs, tensors and plain data; None in a file for inference.
-        source: "light-yolo" or "yolov5", the program that wrote the file.
     """
 
     spec: dict[str, Any]
@@ -40,7 +40,6 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     imgsz: int | None = None
     training: dict[str, Any] | None = None
-    source: str = FORMAT
 
 
 def cast_floats(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -86,7 +85,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if isinstance(content, dict) and content.get("format") == FORMAT:
             return _read_own(archive, content)
         spec, names, state_dict = read_legacy(archive)
-        return Checkpoint(spec, names, state_dict, source="yolov5")
+        return Checkpoint(spec, names, state_dict)
 
 
 def _read_own(archive: Archive, content: dict[str, Any]) -> Checkpoint:
@@ -107,7 +106,7 @@ def _ill_formed(spec: Any, names: Any, state_dict: Any, metrics: Any, imgsz: Any
         "names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "state_dict": _is_mapping(state_dict, Tensor),
         "metrics": _is_mapping(metrics, float),
-        "imgsz": imgsz is None or type(imgsz) is int,
+        "imgsz": imgsz is None or (type(imgsz) is int and 0 < imgsz <= _LARGEST_IMGSZ),
         "training": training is None or isinstance(training, dict),
     }
     return [name for name, well in well_formed.items() if not well]

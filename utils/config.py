@@ -25,6 +25,8 @@ SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
 INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
 SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
+DEFAULT_IMGSZ = 640
+_OWN_SIZE = f"the one that the weights were trained at, {DEFAULT_IMGSZ} where they don't say"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -58,7 +60,7 @@ class TrainConfig(DataOptions, Common):
     hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
     epochs: int = option(100, "passes over the training images", check=POSITIVE)
     batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))
-    imgsz: int = option(640, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int = option(DEFAULT_IMGSZ, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
     rect: bool = option(False, "rectangular batches of like aspect ratio, no mosaic")
     resume: str = option("", "go on with an interrupted run: its last.pt, or the newest under --project", nargs="?", const="newest",
                          metavar="last.pt")
@@ -84,39 +86,42 @@ class TrainConfig(DataOptions, Common):
 
 
 @dataclass(frozen=True)
-class ValConfig(DataOptions, Common):
+class InferenceOptions(Common):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    augment: bool = option(False, "test-time augmentation: three scales, one flipped")
+    half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
+    save_txt: bool = option(False, "write labels/NAME.txt for each image")
+    save_conf: bool = option(False, "with --save-txt: a confidence at the end of each line")
+
+    @property
+    def compute_precision(self) -> str:
+        return "fp16" if self.half else self.precision
+
+
+@dataclass(frozen=True)
+class ValConfig(DataOptions, InferenceOptions):
     batch_size: int = option(32, "images a batch", check=POSITIVE, aliases=("--batch",))
-    imgsz: int = option(640, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
     conf_thres: float = option(0.001, "least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.6, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(300, "most boxes an image", check=POSITIVE)
     task: str = option("val", "which split to score; speed times the network on the val split", choices=("train", "val", "test", "speed"))
-    augment: bool = option(False, "test-time augmentation: three scales, one flipped")
-    half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
     verbose: bool = option(False, "a row for each class")
-    save_txt: bool = option(False, "write labels/NAME.txt for each image")
-    save_conf: bool = option(False, "with --save-txt: a confidence at the end of each line")
     save_json: bool = option(False, "write predictions.json in COCO's form")
     noplots: bool = option(False, "write no pictures")
     project: str = option("runs/val", "folder of runs")
 
 
 @dataclass(frozen=True)
-class DetectConfig(Common):
-    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+class DetectConfig(InferenceOptions):
     source: str = option("", "image, folder, glob, list file, video, webcam number or stream URL", required=True)
-    imgsz: tuple[int, ...] = option((640,), "image size, pixels: one number, or height and width", nargs="+", type=int, check=SIZES,
-                                    aliases=("--img", "--img-size"))
+    imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
+                                           check=SIZES, aliases=("--img", "--img-size"))
     conf_thres: float = option(0.25, "least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.45, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(1000, "most boxes an image", check=POSITIVE)
     classes: tuple[int, ...] | None = option(None, "keep these class numbers only", nargs="+", type=int, check=INDICES)
     agnostic_nms: bool = option(False, "boxes suppress each other across classes")
-    augment: bool = option(False, "test-time augmentation: three scales, one flipped")
-    half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
-    save_txt: bool = option(False, "write labels/NAME.txt for each image")
-    save_conf: bool = option(False, "with --save-txt: a confidence at the end of each line")
     save_csv: bool = option(False, "write predictions.csv")
     save_crop: bool = option(False, "write each box's crop to crops/CLASS/")
     nosave: bool = option(False, "write no annotated images or videos")

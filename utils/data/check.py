@@ -4,7 +4,6 @@ python -m utils.data.check --data bccd.yaml [--split train val] [--quick]
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.config import Parser
 from utils.data.images import ImageError, read_image
 from utils.data.labels import Split, load_split
 from utils.data.spec import SPLITS, DataSpec, load_data_spec
@@ -96,18 +96,14 @@ def _identical(contents: Iterable[tuple[str, dict[str, list[str]]]]) -> list[str
     return lines
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Report a data set's images, boxes, classes, duplicates and faults.")
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description="Report a data set's images, boxes, classes, duplicates and faults.")
     parser.add_argument("--data", required=True, help="data YAML, here or in data/")
     parser.add_argument("--split", nargs="+", choices=SPLITS, help="splits to check (default: all)")
     parser.add_argument("--data-root", help="folder of data sets (default: YOLO_DATASETS, else datasets/ in the project)")
     parser.add_argument("--quick", action="store_true", help="headers only: no decoding of every image, no search for identical ones")
-    return parser.parse_args(argv)
-
-
-@script
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     spec = load_data_spec(args.data, args.data_root)
     info(f"{spec.file}: {spec.format} labels, {spec.nc} classes, in {spec.root}")
     contents = []

@@ -4,7 +4,6 @@ python -m utils.data.download --data coco128.yaml
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from utils.config import Parser
 from utils.data.spec import DataSpec, Download, load_data_spec
 from utils.errors import UserError, script
 from utils.files import is_writable
@@ -174,16 +174,12 @@ def _check_member(archive: Path, member: _Member) -> None:
         raise UserError(f"{archive}: refused: {member.name!r} is a link or a device; nothing was unpacked")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetch the data set that a data YAML names.")
-    parser.add_argument("--data", required=True, help="data YAML, here or in data/")
-    parser.add_argument("--data-root", help="folder of data sets (default: YOLO_DATASETS, else datasets/ in the project)")
-    return parser.parse_args(argv)
-
-
 @script
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    parser = Parser(description="Fetch the data set that a data YAML names.")
+    parser.add_argument("--data", required=True, help="data YAML, here or in data/")
+    parser.add_argument("--data-root", help="folder of data sets (default: YOLO_DATASETS, else datasets/ in the project)")
+    args = parser.parse_args(argv)
     info(f"ready in {download(load_data_spec(args.data, args.data_root))}")
     return 0
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from utils.device import free_memory_bytes
+from utils.errors import UserError
+
 CacheMode = Literal["auto", "ram", "disk", "none"]
 
 
@@ -28,6 +31,9 @@ class ImageCache:
             mode: auto takes as many images as the budget holds; ram and disk take all.
             budget_bytes: for auto.
             folder: of the disk file; the system's temporary folder if None.
+
+        Raises:
+            UserError: ram is asked for and too little is free.
         """
         if "fork" not in multiprocessing.get_all_start_methods():
             mode = "none"  # a worker that is not forked would get a copy of its own
@@ -37,6 +43,9 @@ class ImageCache:
         self.capacity = 0 if mode == "none" else int((ends <= budget_bytes).sum()) if mode == "auto" else len(sizes)
         self._starts = ends - lengths
         total = int(ends[self.capacity - 1]) if self.capacity else 0
+        if mode == "ram" and 0 < free_memory_bytes() < total:
+            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {free_memory_bytes() / 2**30:.1f} GB are free: "
+                            "use --cache auto or disk")
         self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
         self._pixels = _block(total, on_disk=mode == "disk", folder=folder)
 

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.config import Parser
 from utils.data.scenes import NAMES, SIZES, Scene, render
 from utils.errors import UserError, script
 from utils.files import atomic_write
@@ -134,7 +134,7 @@ def _with_boxes(scene: Scene) -> np.ndarray:
 
 @script
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the embedded data set of shapes.")
+    parser = Parser(description="Draw the embedded data set of shapes.")
     parser.add_argument("--out", type=Path, required=True, help="folder for images/ and labels/")
     parser.add_argument("--sheet", type=Path, help="also draw a contact sheet of labelled test images, as PNG")
     args = parser.parse_args(argv)

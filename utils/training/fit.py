@@ -20,7 +20,6 @@ from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import val_loader
 from utils.device import compute_dtype, free_memory_bytes, peak_memory_bytes
 from utils.distributed import World
-from utils.errors import UserError
 from utils.evaluate.table import score_table
 from utils.evaluate.validate import ValResult, validate
 from utils.files import atomic_write, remove_leftovers
@@ -57,7 +56,6 @@ class Training:
         self.dtype = compute_dtype(config.precision, device)
         self.state = state or TrainState({}, dataclasses.asdict(hyp))
         self.state.config = dataclasses.asdict(config)
-        _freeze(model, config.freeze)
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
         # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
@@ -106,7 +104,7 @@ class Training:
         info(f"weights:  {best} ({best.stat().st_size / 1e6:.1f} MB), and last.pt beside it to --resume from")
         if not self.config.noplots:
             info(f"pictures: {self.run_dir / 'results.png'}, PR_curve.png, confusion_matrix.png, val_batch0.jpg and more beside them")
-        info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent} --imgsz {self.config.imgsz}")
+        info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
 
     def _load_data(self) -> None:
         config, stride = self.config, self.model.pad_stride
@@ -222,21 +220,6 @@ class Training:
         if self.world.rank == 0:
             remove_leftovers(self.run_dir)
             remove_leftovers(self.run_dir / "weights")
-
-
-def _freeze(model: torch.nn.Module, freeze: tuple[int, ...]) -> None:
-    """YOLOv5's rule: one number freezes that many first rows, several name the rows.
-
-    Raises:
-        UserError: a row that the network has not, or nothing left to train.
-    """
-    rows, count = freeze if len(freeze) > 1 else range(freeze[0]), len(model.model)
-    if min(freeze) < 0 or max(rows, default=0) >= count:
-        raise UserError(f"--freeze {' '.join(map(str, freeze))}: the network's rows are 0 to {count - 1}")
-    for row in rows:
-        model.model[row].requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"--freeze {' '.join(map(str, freeze))}: leaves nothing to train")
 
 
 def _eta(seconds: float, done: int, left: int) -> str:

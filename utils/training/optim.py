@@ -7,7 +7,23 @@ import torch
 from torch import nn
 
 from utils.config import Hyp
+from utils.errors import UserError
 from utils.training.schedule import NOMINAL_BATCH, StepSettings, accumulation
+
+
+def freeze_rows(model: nn.Module, freeze: tuple[int, ...]) -> None:
+    """YOLOv5's rule: one number freezes that many first rows, several name the rows.
+
+    Raises:
+        UserError: a row that the network has not, or nothing left to train.
+    """
+    rows, count = freeze if len(freeze) > 1 else range(freeze[0]), len(model.model)
+    if min(freeze) < 0 or max(rows, default=0) >= count:
+        raise UserError(f"--freeze {' '.join(map(str, freeze))}: the network's rows are 0 to {count - 1}")
+    for row in rows:
+        model.model[row].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--freeze {' '.join(map(str, freeze))}: leaves nothing to train")
 
 
 def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> torch.optim.Optimizer:
