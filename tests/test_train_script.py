@@ -108,6 +108,9 @@ def test_save_period_noval_nosave(flags: list[str]) -> None:
 def test_time_limit_and_patience(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert len(rows(run(flags, "--time-limit", "1e-6", "--epochs", "9", name="limit"))) == 1
     assert "time limit" in capfd.readouterr().out
+    folder = run(flags, "--time-limit", "0.05", "--epochs", "99999", name="budget")  # three seconds
+    rates = [float(row["lr"]) for row in rows(folder)]
+    assert 1 < len(rates) < 99999 and load_checkpoint(folder / "weights" / "last.pt").training["seconds"] > 3
     folder = run(flags, "--patience", "1", "--epochs", "60", name="patience")  # a fitness that rises at 60 epochs running is not to be had
     table = rows(folder)
     fitness = [0.1 * float(r["metrics/mAP50"]) + 0.9 * float(r["metrics/mAP50-95"]) for r in table]

@@ -12,7 +12,7 @@ from torch import nn
 from utils.config import Hyp
 from utils.training.ema import ModelEma
 from utils.training.optim import apply_step, build_optimizer
-from utils.training.schedule import StepSettings, decay, settings, warmup_steps
+from utils.training.schedule import StepSettings, decay, progress, settings, warmup_steps
 from utils.training.stepper import Stepper
 
 HYP = Hyp()
@@ -25,7 +25,13 @@ CPU = torch.device("cpu")
      (25, False, 0.7525), (25, True, 0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2)],
 )  # fmt: skip
 def test_decay_by_hand(epoch: int, cosine: bool, expected: float) -> None:
-    assert decay(epoch, 100, 0.01, cosine) == pytest.approx(expected)
+    assert decay(epoch / 100, 0.01, cosine) == pytest.approx(expected)
+
+
+def test_progress_is_of_epochs_or_of_time_whichever_is_nearer_its_end() -> None:
+    assert progress(25, 100, 9999, 0) == 0.25
+    assert progress(25, 100, 30, 60) == 0.5 and progress(25, 100, 6, 60) == 0.25
+    assert progress(25, 100, 70, 60) == 1  # an epoch that outlasted the limit
 
 
 def test_warmup_lasts_three_epochs_and_at_least_a_hundred_steps() -> None:
@@ -36,7 +42,7 @@ def test_warmup_lasts_three_epochs_and_at_least_a_hundred_steps() -> None:
 
 def test_settings_by_hand() -> None:
     """Batch 16: four batches make the nominal 64. lr0 0.01, bias from 0.1, momentum 0.8 to 0.937."""
-    at = lambda step, epoch, batch=16: settings(step, epoch, 100, 200, batch, HYP, False)  # noqa: E731
+    at = lambda step, epoch, batch=16: settings(step, epoch / 100, 200, batch, HYP, False)  # noqa: E731
     assert at(0, 0) == (0, 0.1, 0.8, 1)
     half = at(100, 0)
     assert half == pytest.approx((0.005, 0.055, 0.8685, 2))  # accumulate round(1 + 3 / 2), to even
@@ -47,7 +53,7 @@ def test_settings_by_hand() -> None:
     assert at(10_000, 99) == pytest.approx((0.01 * (0.01 + 0.99 * 0.01),) * 2 + (0.937, 4))
     assert at(50, 0, 4).accumulate == 5  # of 16 in the end: 1 + 15 / 4, rounded
     assert [at(10_000, 9, batch).accumulate for batch in (1, 24, 48, 64, 100)] == [64, 3, 1, 1, 1]
-    assert settings(0, 0, 100, 0, 16, HYP, False) == pytest.approx((0.01, 0.01, 0.937, 4))  # no warm-up
+    assert settings(0, 0, 0, 16, HYP, False) == pytest.approx((0.01, 0.01, 0.937, 4))  # no warm-up
 
 
 def test_groups_only_weights_decay(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class TrainConfig(DataOptions, Common):
                                      nargs="+", type=int, check=INDICES)
     save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
     seed: int = option(0, "seed of everything random", check=SEED)
-    time_limit: float = option(0.0, "stop after the epoch in which this many minutes have passed; 0 sets no limit", check=NOT_NEGATIVE)
+    time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit", check=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.loss import DetectionLoss, Loss
 from utils.training.optim import build_optimizer, load_optimizer
-from utils.training.schedule import settings, warmup_steps
+from utils.training.schedule import progress, settings, warmup_steps
 from utils.training.state import TrainState
 from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
@@ -68,22 +69,22 @@ class Training:
 
     def run(self) -> None:
         """Train to the last epoch, the time limit or the end of patience; last.pt is whole after each epoch."""
-        start, done = time.perf_counter(), self.state.epoch
         while self.state.epoch < self.config.epochs:
             epoch = self.state.epoch
             epoch_start = time.perf_counter()
-            trained = self.train_one_epoch(epoch, _eta(epoch_start - start, epoch - done, self.config.epochs - epoch))
+            trained = self.train_one_epoch(epoch, _eta(self.state, self.config.epochs, self.config.time_limit * 60))
             stop = False
             if self.world.rank == 0:
                 self._validate(epoch)
                 self._record(epoch, trained, time.perf_counter() - epoch_start)
                 self.state.epoch, self.state.step = epoch + 1, self.state.step + trained.steps
+                self.state.seconds += time.perf_counter() - epoch_start
                 self._keep_best(epoch)
-                stop = self._is_over(epoch, time.perf_counter() - start)
+                stop = self._is_over(epoch)
                 self.state.finished = stop or self.state.epoch >= self.config.epochs
                 self._save()
-            stop, self.state.epoch, self.state.step, self.state.class_ap = self.world.share(
-                (stop, self.state.epoch, self.state.step, self.state.class_ap))
+            stop, self.state.epoch, self.state.step, self.state.seconds, self.state.class_ap = self.world.share(
+                (stop, self.state.epoch, self.state.step, self.state.seconds, self.state.class_ap))
             if stop:
                 break
 
@@ -132,11 +133,12 @@ class Training:
         self.batches.epoch = epoch
         self.batches.weights = self._image_weights()
         warmup = warmup_steps(self.hyp, len(self.batches))
+        done = progress(epoch, config.epochs, self.state.seconds, config.time_limit * 60)
         resize = random_resize(config.imgsz, self.model.max_stride, config.seed, epoch) if config.multi_scale else same_size
         self.model.train()
         return train_epoch(
             self.network, self.train_loader, self.criterion, self.stepper,
-            settings=lambda n: settings(self.state.step + n, epoch, config.epochs, warmup, config.batch_size, self.hyp, config.cos_lr),
+            settings=lambda n: settings(self.state.step + n, done, warmup, config.batch_size, self.hyp, config.cos_lr),
             resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}".rstrip(), world=self.world.size,
         )
 
@@ -179,9 +181,9 @@ class Training:
             if not self.config.nosave:
                 self._save_best()
 
-    def _is_over(self, epoch: int, seconds: float) -> bool:
+    def _is_over(self, epoch: int) -> bool:
         config, state = self.config, self.state
-        if config.time_limit and seconds > config.time_limit * 60:
+        if config.time_limit and state.seconds > config.time_limit * 60:
             info(f"time limit of {config.time_limit:g} minutes reached after epoch {epoch + 1}")
             return True
         if config.patience and self.result and epoch - state.best_epoch >= config.patience:
@@ -222,11 +224,11 @@ class Training:
             remove_leftovers(self.run_dir / "weights")
 
 
-def _eta(seconds: float, done: int, left: int) -> str:
-    if not done:
+def _eta(state: TrainState, epochs: int, limit_s: float) -> str:
+    if not state.epoch:
         return ""
-    minutes = seconds / done * left / 60
-    return f"ETA {minutes:.0f} min" if minutes < 90 else f"ETA {minutes / 60:.1f} h"
+    minutes = min(state.seconds / state.epoch * (epochs - state.epoch), (limit_s or math.inf) - state.seconds) / 60
+    return f"ETA {max(minutes, 0):.0f} min" if minutes < 90 else f"ETA {minutes / 60:.1f} h"
 
 
 def write_results(path: Path, history: list[dict[str, float]]) -> None:

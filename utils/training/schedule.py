@@ -10,9 +10,13 @@ NOMINAL_BATCH = 64  # the batch that the learning rate is tuned for
 _MIN_WARMUP_STEPS = 100
 
 
-def decay(epoch: float, epochs: int, last: float, cosine: bool) -> float:
-    """Factor on the learning rate: 1 at epoch 0, `last` at `epochs`."""
-    progress = epoch / epochs
+def progress(epoch: int, epochs: int, seconds: float, limit_s: float) -> float:
+    """How much of a training is behind, 0..1: of its epochs, or of its time limit (if any) where that is nearer."""
+    return max(epoch / epochs, min(seconds / limit_s, 1.0) if limit_s else 0.0)
+
+
+def decay(progress: float, last: float, cosine: bool) -> float:
+    """Factor on the learning rate: 1 at progress 0, `last` at 1."""
     share = (1 + math.cos(math.pi * progress)) / 2 if cosine else 1 - progress
     return last + (1 - last) * share
 
@@ -35,9 +39,9 @@ def accumulation(batch_size: int) -> int:
     return max(round(NOMINAL_BATCH / batch_size), 1)
 
 
-def settings(step: int, epoch: int, epochs: int, warmup: int, batch_size: int, hyp: Hyp, cosine: bool) -> StepSettings:
+def settings(step: int, progress: float, warmup: int, batch_size: int, hyp: Hyp, cosine: bool) -> StepSettings:
     """Settings at a step counted from the start of training; during warm-up the weights' rate rises from 0, the biases' falls to meet it."""
-    lr, accumulate = hyp.lr0 * decay(epoch, epochs, hyp.lrf, cosine), accumulation(batch_size)
+    lr, accumulate = hyp.lr0 * decay(progress, hyp.lrf, cosine), accumulation(batch_size)
     if step >= warmup:
         return StepSettings(lr, lr, hyp.momentum, accumulate)
     t = step / warmup

@@ -17,6 +17,7 @@ class TrainState:
     hyp: dict[str, Any]
     epoch: int = 0  # epochs done
     step: int = 0  # batches done, since the first epoch
+    seconds: float = 0.0  # of training and validation so far, all sittings together
     best_fitness: float = -1.0
     best_epoch: int = 0
     ema_updates: int = 0
