@@ -14,7 +14,7 @@ import models.common  # noqa: F401  (registers the blocks)
 from models.activations import parse_activation
 from models.layers import Conv
 from models.plugin import plugin_line
-from models.registry import Block, Scale, find_block
+from models.registry import Block, Scale, Width, find_block
 from models.spec import IMAGE, LayerSpec, ModelSpec
 from utils.errors import UserError
 
@@ -28,7 +28,7 @@ _MOST_WORK = 2 * 10**11  # multiply-accumulates and comparisons, all rows togeth
 
 class Rows(NamedTuple):
     modules: list[nn.Module]  # one for each row, in training mode
-    shapes: list[tuple[int, ...]]  # (C, H, W) of each row but Detect for an image of 256 x 256
+    shapes: list[tuple[Any, ...]]  # (C, H, W) of each row but Detect for an image of 256 x 256, or of each of its levels
     strides: list[int]  # of Detect's levels
 
 
@@ -44,20 +44,21 @@ def build_rows(spec: ModelSpec) -> Rows:
     kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, _DRY_RUN_PX, _DRY_RUN_PX)}
     modules, parameters, work = [], 0, _Work()
     for layer in spec.layers:
-        widths = [kept[s].shape[1] for s in layer.sources]
+        widths = [_width(kept[s]) for s in layer.sources]
         with torch.device("meta"):  # counted before any memory is taken
             parameters += sum(p.numel() for p in _build_row(layer, widths, scale)[0].parameters())
         if parameters > _MOST_PARAMETERS:
             raise UserError(f"{layer.place}: {parameters:,} parameters up to here are beyond every machine; is a number in {list(layer.args)} "
                             "mistyped?")
         module, width = _build_row(layer, widths, scale)
-        _settle(module.modules(), act)
+        if not find_block(layer.module).foreign:
+            _settle(module.modules(), act)
         kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
         if layer.module != "Detect":
             _check_output(layer, kept[layer.row], width)
         modules.append(module.train())
     maps = kept[len(modules) - 1]
-    shapes = [tuple(kept[row].shape[1:]) for row in range(len(modules) - 1)]
+    shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
     return Rows(modules, shapes, [_stride(raw, spec.layers[-1]) for raw in maps])
 
 
@@ -66,12 +67,24 @@ def inputs_of(layer: LayerSpec, kept: Mapping[int, Any]) -> Any:
     return [kept[s] for s in layer.source] if isinstance(layer.source, tuple) else kept[layer.source]
 
 
-def _build_row(layer: LayerSpec, widths: list[int], scale: Scale) -> tuple[nn.Module, int]:
+def _shape(output: Any) -> tuple[Any, ...]:
+    """(C, H, W) of a map, or of each map of a row that makes several levels."""
+    return tuple(map(_shape, output)) if isinstance(output, tuple) else tuple(output.shape[1:])
+
+
+def _width(output: Any) -> Width:
+    return tuple(map(_width, output)) if isinstance(output, tuple) else output.shape[1]
+
+
+def _build_row(layer: LayerSpec, widths: list[Width], scale: Scale) -> tuple[nn.Module, Width]:
     """The module of a row and its output channels."""
     try:
         block = find_block(layer.module)
     except UserError as error:
         raise UserError(f"{layer.place}: {error}") from None
+    for source, width in zip(layer.sources, widths, strict=True):
+        if isinstance(width, tuple) and not block.takes_levels:
+            raise UserError(f"{layer.place}: row {source} gives {len(width)} levels; pick one with [{source}, 1, Level, [0]] and take that row")
     copies = []
     for _ in range(1 if block.repeats == "inside" else layer.repeats):
         module, width = _build_block(block, layer, widths, scale)
@@ -80,13 +93,16 @@ def _build_row(layer: LayerSpec, widths: list[int], scale: Scale) -> tuple[nn.Mo
     return (copies[0] if len(copies) == 1 else nn.Sequential(*copies)), width
 
 
-def _build_block(block: Block, layer: LayerSpec, widths: list[int], scale: Scale) -> tuple[nn.Module, int]:
+def _build_block(block: Block, layer: LayerSpec, widths: list[Width], scale: Scale) -> tuple[nn.Module, Width]:
     try:
         args, width = block.channels(widths, list(layer.args), scale)
         if block.repeats == "inside":
             args.insert(2, layer.repeats)
         inspect.signature(block.cls).bind(*args, **layer.kwargs)
-        return block.cls(*args, **layer.kwargs), width
+        module = block.cls(*args, **layer.kwargs)
+        return module, module.out_channels if width is None else width
+    except UserError as error:
+        raise UserError(f"{layer.place}: {error}") from error
     except Exception as error:  # of a user's own block: of any kind
         raise UserError(f"{layer.place}: {list(layer.args)} does not fit: {_reason(error)}; it is built as {_signature(block.cls)}") from error
 
@@ -132,7 +148,7 @@ def _run(layer: LayerSpec, module: nn.Module, inputs: Any, work: _Work) -> Any:
     try:
         return module(inputs)
     except Exception as error:  # of a user's own block: of any kind
-        shapes = " and ".join(str(tuple(x.shape[1:])) for x in (inputs if isinstance(inputs, list) else [inputs]))
+        shapes = " and ".join(str(_shape(x)) for x in (inputs if isinstance(inputs, list) else [inputs]))
         given = f"{'a list of inputs' if isinstance(inputs, list) else 'an input'} of shape {shapes}"
         raise UserError(f"{layer.place}: fails on {given} (channels, height, width): {_reason(error)}") from error
     finally:
@@ -168,7 +184,13 @@ def _largest(module: nn.Module, attribute: str) -> float:
     return max((v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, int | float)), default=0)
 
 
-def _check_output(layer: LayerSpec, output: Any, width: int) -> None:
+def _check_output(layer: LayerSpec, output: Any, width: Width) -> None:
+    if isinstance(width, tuple):
+        if not isinstance(output, tuple) or len(output) != len(width):
+            raise UserError(f"{layer.place}: makes a {type(output).__name__}, not a tuple of {len(width)} tensors (batch, channels, height, width)")
+        for level, channels in zip(output, width, strict=True):
+            _check_output(layer, level, channels)
+        return
     if not isinstance(output, Tensor):
         raise UserError(f"{layer.place}: makes a {type(output).__name__}, not one tensor (batch, channels, height, width)")
     if output.dim() != 4 or output.shape[1] != width:

@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it: the same outputs with fewer passes over memory."""
+"""A network for inference: branches made one, batch norm folded into the convolution before it: the same outputs, fewer passes over memory."""
 from __future__ import annotations
 
 import copy
@@ -12,29 +12,46 @@ from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# timm's, known by name as timm may be absent: a convolution that pads by its input's size, and norms with what follows them as children.
+_TIMM_CONV, _TIMM_NORMS = "Conv2dSame", ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 @torch.no_grad()
 def fuse(model: Model, probe_px: int = 64) -> Model:
-    """A new model in eval mode with every convolution -> batch norm pair folded.
+    """A new model in eval mode, re-parameterised, with every convolution -> batch norm pair folded.
 
-    Pairs are found by running an image of `probe_px` and following the tensors, not by the names or the order of attributes, so that users' own
-    blocks fold too. A convolution whose output has another use than its batch norm stays as it is.
+    A block with branches to merge has a `reparameterize()` that does so in place, for all that it contains, at equal outputs. Pairs are found by
+    running an image of `probe_px` and following the tensors, not by the names or the order of attributes, so that users' own blocks fold too.
+    A convolution whose output has another use than its batch norm stays as it is.
     """
     fused = copy.deepcopy(model).eval()
+    _reparameterize(fused)
     parameter = next(fused.parameters())
     trace = _Trace(fused)
     trace.run(torch.zeros(1, 3, probe_px, probe_px, device=parameter.device, dtype=parameter.dtype))
     parents = {child: (parent, name) for parent in fused.modules() for name, child in parent.named_children()}
     for conv, norm in trace.pairs():
         setattr(*parents[conv], fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
-        setattr(*parents[norm], nn.Identity())
+        setattr(*parents[norm], nn.Sequential(*norm.children()) if any(norm.children()) else nn.Identity())
     return fused
+
+
+def _reparameterize(module: nn.Module) -> None:
+    for child in module.children():
+        if hasattr(child, "reparameterize"):
+            child.reparameterize()
+        else:
+            _reparameterize(child)
 
 
 def _is_foldable(module: nn.Module) -> bool:
     """Exactly PyTorch's convolutions: a class derived from them, such as one that computes its weight, may do something else with it."""
-    return type(module) is nn.Conv2d or (type(module) is nn.ConvTranspose2d and module.groups == 1)
+    kind = type(module)
+    return kind is nn.Conv2d or kind.__name__ == _TIMM_CONV or (kind is nn.ConvTranspose2d and module.groups == 1)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return (type(module) in _NORMS or type(module).__name__ in _TIMM_NORMS) and module.track_running_stats
 
 
 class _Trace(TorchFunctionMode):
@@ -50,7 +67,7 @@ class _Trace(TorchFunctionMode):
 
     def run(self, image: Tensor) -> None:
         hooks = [m.register_forward_hook(self._after_convolution) for m in self.model.modules() if _is_foldable(m)]
-        hooks += [m.register_forward_pre_hook(self._before_norm) for m in self.model.modules() if type(m) in _NORMS and m.track_running_stats]
+        hooks += [m.register_forward_pre_hook(self._before_norm) for m in self.model.modules() if _is_norm(m)]
         with self:
             results = self.model(image)
         self._use(results)

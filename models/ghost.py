@@ -5,15 +5,18 @@ GhostConv, GhostBottleneck and C3Ghost are the YOLOv5 family's (SiLU, ratio 2, 5
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from models.bneck import bneck_of_4, check_bneck, to_width_of_4
 from models.csp import CSPStage
-from models.layers import SE, Conv, DWConv, round_to_4, same_padding
-from models.registry import Scale, Wiring, one_input, register, to_width
+from models.layers import SE, Conv, DWConv, Size, same_padding
+from models.registry import register, to_width
+
+MakeModule = Callable[[int, int], nn.Module]  # of input and output channels
 
 
 def ghost_widths(c2: int, ratio: int) -> tuple[int, int]:
@@ -78,28 +81,7 @@ class C3Ghost(CSPStage):
         super().__init__(c1, c2, e, lambda c: nn.Sequential(*(GhostBottleneck(c, c, ratio=ratio, dw_size=dw_size) for _ in range(n))))
 
 
-def _scale_to_4(width: Any, scale: Scale) -> int:
-    """GhostNet's own rounding: `scale` rounds up to multiples of 8, which would widen most of its stages at 0.5x and 1.3x."""
-    scale(width)  # refuses what is no width
-    fine = 1 << 16  # scale(fine * width) / fine is the unrounded product to 8 / fine channels
-    return round_to_4(round(scale(width * fine) / fine, 2))
-
-
-def _to_width_of_4(inputs: Sequence[int], args: list[Any], scale: Scale) -> Wiring:
-    if not args:
-        raise ValueError("needs its output channels as first argument")
-    c2 = _scale_to_4(args[0], scale)
-    return Wiring([one_input(inputs), c2, *args[1:]], c2)
-
-
-def _gbneck(inputs: Sequence[int], args: list[Any], scale: Scale) -> Wiring:
-    if len(args) < 3:
-        raise ValueError("needs [output channels, kernel, expansion channels, se ratio, stride]")
-    c2, expansion = _scale_to_4(args[0], scale), _scale_to_4(args[2], scale)
-    return Wiring([one_input(inputs), c2, args[1], expansion, *args[3:]], c2)
-
-
-@register("GhostStem", channels=_to_width_of_4)
+@register("GhostStem", channels=to_width_of_4)
 class GhostStem(Conv):
     """GhostNet's first layer: 3x3 convolution of stride 2, batch norm, ReLU."""
 
@@ -107,7 +89,7 @@ class GhostStem(Conv):
         super().__init__(c1, c2, 3, 2, act=nn.ReLU(inplace=True))
 
 
-@register("GhostModule", channels=_to_width_of_4)
+@register("GhostModule", channels=to_width_of_4)
 class GhostModule(nn.Module):
     """The paper's Ghost module (section 3.1). (B, c1, H, W) -> (B, c2, H/s, W/s)."""
 
@@ -115,42 +97,57 @@ class GhostModule(nn.Module):
         super().__init__()
         primary, cheap = ghost_widths(c2, ratio)
         self.c2 = c2
-        self.primary_conv = _conv_bn(c1, primary, k, s, 1, relu)
-        self.cheap_operation = _conv_bn(primary, cheap, dw_size, 1, primary, relu)
+        self.primary_conv = conv_bn(c1, primary, k, s, 1, relu)
+        self.cheap_operation = conv_bn(primary, cheap, dw_size, 1, primary, relu)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.primary_conv(x)
         return torch.cat((y, self.cheap_operation(y)), 1)[:, : self.c2]
 
 
-def _conv_bn(c1: int, c2: int, k: int, s: int, g: int, relu: bool) -> nn.Sequential:
+def conv_bn(c1: int, c2: int, k: Size, s: int, g: int, relu: bool) -> nn.Sequential:
+    """Members `0` convolution, `1` batch norm and `2` ReLU, as the published weights have them."""
     layers: list[nn.Module] = [nn.Conv2d(c1, c2, k, s, same_padding(k), groups=g, bias=False), nn.BatchNorm2d(c2)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
-@register("GBneck", channels=_gbneck)
-class GBneck(nn.Module):
-    """The paper's Ghost bottleneck (section 3.2, figure 3): widen, at stride 2 a depthwise convolution, SE, narrow without ReLU, plus the input.
+class GhostFrame(nn.Module):
+    """The paper's Ghost bottleneck (section 3.2, figure 3) around any two modules.
 
-    (B, c1, H, W) -> (B, c2, H/s, W/s).
+    Widen, at stride 2 a depthwise convolution, SE, narrow, plus the input. (B, c1, H, W) -> (B, c2, H/s, W/s).
 
     Args:
-        expansion: channels between the two Ghost modules.
+        expansion: channels between the two modules.
         se: SE's reduction ratio, 0 for none.
+        first: makes the module that widens, of its input and output channels.
+        second: makes the module that narrows.
+
+    Raises:
+        ValueError: an even kernel, a stride other than 1 and 2, or a ratio outside 0..1.
     """
 
-    def __init__(
-        self, c1: int, c2: int, k: int, expansion: int, se: float = 0.0, s: int = 1, ratio: int = 2, dw_size: int = 3
-    ) -> None:
+    def __init__(self, c1: int, c2: int, k: int, expansion: int, se: float, s: int, first: MakeModule, second: MakeModule) -> None:
         super().__init__()
-        self.ghost1 = GhostModule(c1, expansion, ratio=ratio, dw_size=dw_size)
+        check_bneck(k, s, se)
+        self.ghost1 = first(c1, expansion)
         self.conv_dw = nn.Conv2d(expansion, expansion, k, s, same_padding(k), groups=expansion, bias=False) if s > 1 else nn.Identity()
         self.bn_dw = nn.BatchNorm2d(expansion) if s > 1 else nn.Identity()
         self.se = SE(expansion, se) if se else nn.Identity()
-        self.ghost2 = GhostModule(expansion, c2, relu=False, ratio=ratio, dw_size=dw_size)
+        self.ghost2 = second(expansion, c2)
         same = s == 1 and c1 == c2
-        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv_bn(c1, c1, k, s, c1, False), *_conv_bn(c1, c2, 1, 1, 1, False))
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(c1, c1, k, s, c1, False), *conv_bn(c1, c2, 1, 1, 1, False))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn_dw(self.conv_dw(self.ghost1(x)))
         return self.ghost2(self.se(y)) + self.shortcut(x)
+
+
+@register("GBneck", channels=bneck_of_4)
+class GBneck(GhostFrame):
+    """GhostNet's bottleneck: two 1x1 Ghost modules, the second without ReLU. (B, c1, H, W) -> (B, c2, H/s, W/s)."""
+
+    def __init__(
+        self, c1: int, c2: int, k: int, expansion: int, se: float = 0.0, s: int = 1, ratio: int = 2, dw_size: int = 3
+    ) -> None:
+        module = partial(GhostModule, ratio=ratio, dw_size=dw_size)
+        super().__init__(c1, c2, k, expansion, se, s, module, partial(module, relu=False))

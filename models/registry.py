@@ -8,16 +8,18 @@ from typing import Any, Literal, NamedTuple
 from utils.errors import UserError
 from utils.files import did_you_mean
 
+Width = int | tuple[int, ...]  # channels of a row's output; a tuple for a row that makes several levels
+
 
 class Wiring(NamedTuple):
     """What a channel rule answers: the constructor's arguments and the block's output channels."""
 
     args: list[Any]
-    out_channels: int
+    out_channels: Width | None  # None: the module tells them once it is built, as its `out_channels`
 
 
 Scale = Callable[[Any], int]  # YAML width -> built width; raises ValueError for what is no positive whole number
-ChannelRule = Callable[[Sequence[int], list[Any], Scale], Wiring]
+ChannelRule = Callable[[Sequence[Any], list[Any], Scale], Wiring]  # the inputs' widths: ints, and tuples of them where a block takes levels
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,23 @@ class Block:
     cls: type
     channels: ChannelRule
     repeats: Literal["outside", "inside"]  # the YAML's number: copies in a Sequential, or the constructor's third argument
+    takes_levels: bool  # its input may be a row that makes several levels
+    foreign: bool  # another library's network: its batch norms' constants and its activations are its own
 
 
 _BLOCKS: dict[str, Block] = {}
 
 
-def register(name: str, *, channels: ChannelRule, repeats: Literal["outside", "inside"] = "outside") -> Callable[[type], type]:
+def register(
+    name: str, *, channels: ChannelRule, repeats: Literal["outside", "inside"] = "outside", takes_levels: bool = False, foreign: bool = False
+) -> Callable[[type], type]:
     """Class decorator: make a block usable in YAML under `name`.
 
     Args:
         channels: `rule(in_channels, yaml_args, scale) -> Wiring`; see the rules below.
         repeats: "inside" passes the depth-scaled number as the constructor's third argument (after c1, c2).
+        takes_levels: `channels` may be given a tuple of widths, and the module a tuple of maps, for a row that makes several levels.
+        foreign: the family's batch-norm constants and the YAML's activation are not for it.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -46,7 +54,7 @@ def register(name: str, *, channels: ChannelRule, repeats: Literal["outside", "i
         known = _BLOCKS.get(name)
         if known and (known.cls.__module__, known.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"block {name} is registered already, by {known.cls.__module__}")
-        _BLOCKS[name] = Block(name, cls, channels, repeats)
+        _BLOCKS[name] = Block(name, cls, channels, repeats, takes_levels, foreign)
         return cls
 
     return add

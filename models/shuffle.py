@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.bneck import to_width_of_4
 from models.layers import same_padding
 from models.registry import register, to_width
 
@@ -57,6 +58,11 @@ class Shuffle_Block(nn.Module):
             return shuffle_join(self.branch1(x), self.branch2(x))
         kept, worked = x.chunk(2, 1)
         return shuffle_join(kept, self.branch2(worked))
+
+
+@register("ShuffleUnit", channels=to_width_of_4)
+class ShuffleUnit(Shuffle_Block):
+    """Shuffle_Block in the paper's own widths, such as 116 and 244, which are multiples of 4."""
 
 
 def _depthwise(channels: int, kernel: int, stride: int) -> tuple[nn.Module, ...]:

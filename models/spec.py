@@ -89,8 +89,8 @@ class ModelSpec:
 
 
 def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
-    """The network of a YAML file, found as given, in models/ or in models/hub/."""
-    path = find_file(name, (ROOT / "models", ROOT / "models" / "hub"), "model YAML")
+    """The network of a YAML file, found as given, in models/, in models/hub/ or in models/timm/."""
+    path = find_file(name, [ROOT / "models" / folder for folder in ("", "hub", "timm")], "model YAML")
     return ModelSpec.from_dict(read_yaml(path), path.name, nc)
 
 

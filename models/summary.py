@@ -8,11 +8,13 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import thop
 import torch
+from thop.vision.basic_hooks import count_normalization, zero_ops
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from models.plugin import load_plugin
 from models.spec import load_spec
@@ -43,9 +45,16 @@ def count_parameters(model: nn.Module) -> int:
 def count_gflops(model: nn.Module, imgsz: int = 640) -> float:
     """2 x multiply-accumulates of one (imgsz x imgsz) image, in units of 1e9, by thop."""
     # Really run, not on the meta device: PyTorch takes seconds to import what that needs.
-    image = torch.zeros(1, 3, imgsz, imgsz, device=next(model.parameters()).device)
-    macs, _ = thop.profile(copy.deepcopy(model).eval(), inputs=(image,), custom_ops=_COUNTERS, verbose=False)
-    return 2 * float(macs) / 1e9
+    return 2 * count_macs(model, torch.zeros(1, 3, imgsz, imgsz, device=next(model.parameters()).device)) / 1e9
+
+
+def count_macs(module: nn.Module, inputs: Any) -> float:
+    """Multiply-accumulates of one call with one argument."""
+    # thop knows exact classes only, and backbones of other libraries are made of classes derived from these
+    counters = {type(part): rule for part in module.modules() for kind, rule in _COUNTERS.items() if isinstance(part, kind)}
+    with _Products() as products:
+        macs, _ = thop.profile(copy.deepcopy(module).eval(), inputs=(inputs,), custom_ops=counters, verbose=False)
+    return float(macs) + products.macs
 
 
 def _count_conv(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -60,7 +69,23 @@ def _count_attention(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], 
     module.total_ops += batch * (4 * tokens * channels**2 + 2 * tokens**2 * channels)
 
 
-_COUNTERS = {nn.Conv2d: _count_conv, nn.MultiheadAttention: _count_attention}
+_COUNTERS = {nn.Conv2d: _count_conv, nn.BatchNorm2d: count_normalization, nn.LayerNorm: count_normalization, nn.MultiheadAttention: _count_attention,
+             nn.Softmax: zero_ops}  # a layer in some attentions, within PyTorch's product in others
+
+
+class _Products(TorchFunctionMode):
+    """Multiply-accumulates of products of tensors, such as attention of other libraries, which are no layer's. nn.MultiheadAttention's don't show."""
+
+    macs = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__):
+            self.macs += result.numel() * args[0].shape[-1]
+        elif func is nn.functional.scaled_dot_product_attention:
+            queries, keys = args[:2]
+            self.macs += (queries.numel() + result.numel()) * keys.shape[-2]
+        return result
 
 
 @torch.inference_mode()
@@ -114,7 +139,7 @@ def print_summary(model: DetectionModel, imgsz: int, device: torch.device, dtype
 @script
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Print a network's rows and what it costs on this machine.")
-    parser.add_argument("--cfg", required=True, help="model YAML, found as given, in models/ or in models/hub/")
+    parser.add_argument("--cfg", required=True, help="model YAML, found as given, in models/, models/hub/ or models/timm/")
     parser.add_argument("--imgsz", type=int, default=640, help="image size, pixels (default: 640)")
     parser.add_argument("--device", default="", help="cpu or a CUDA device's number")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))

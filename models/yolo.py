@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class DetectionModel(nn.Module):
     Attributes:
         spec: the data it was built from.
         names: class names, `nc` of them.
-        row_shapes: (C, H, W) of each row but Detect for an image of 256 x 256.
+        row_shapes: (C, H, W) of each row but Detect for an image of 256 x 256; of each level where a row makes several.
         model: one module for each row, so that keys read `model.{row}.…`.
     """
 
@@ -52,7 +52,7 @@ class DetectionModel(nn.Module):
         return max(self.strides)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        kept: dict[int, Tensor] = {IMAGE: images}
+        kept: dict[int, Any] = {IMAGE: images}
         for layer, module in zip(self.spec.layers, self.model, strict=True):
             x = module(inputs_of(layer, kept))
             if layer.row in self._needed_later:
@@ -119,11 +119,23 @@ def build_for_training(cfg: str, weights: str, names: Sequence[str]) -> tuple[De
     checkpoint = load_checkpoint(weights) if weights else None
     spec = load_spec(cfg, len(names)) if cfg else ModelSpec.from_dict(checkpoint.spec, str(weights), len(names))
     model = DetectionModel(spec, names)
+    if cfg:
+        _load_pretrained(model)
     if checkpoint is None:
         return model, None
     # A YAML that is named brings its own anchors; otherwise weights keep those that they were trained with.
     taken = {key: value for key, value in checkpoint.state_dict.items() if not (cfg and key.endswith(".anchors"))}
     return model, transfer_weights(model, taken)
+
+
+def _load_pretrained(model: DetectionModel) -> None:
+    """Rows that can start from weights of their own (`load_pretrained()`) take those that their arguments name."""
+    for layer, module in zip(model.spec.layers, model.model, strict=True):
+        if hasattr(module, "load_pretrained"):
+            try:
+                module.load_pretrained()
+            except UserError as error:
+                raise UserError(f"{layer.place}: {error}") from error
 
 
 def model_from_checkpoint(checkpoint: Checkpoint, origin: str) -> DetectionModel:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from models.fuse import fuse
 from models.spec import load_spec
+from models.timm_backbone import Timm
 from models.yolo import DetectionModel
 
 FAMILIES = ["yolov5n.yaml", "yolov5n-ghost.yaml", "yolov5s-ghostnet.yaml", "yolov5s-shuffle.yaml", "yolov5s-shuffle-c3.yaml", "yolov3-tiny.yaml",
-            "yolov5s-transformer.yaml", "yolov5n6.yaml"]  # fmt: skip
+            "yolov5s-transformer.yaml", "yolov5n6.yaml", "yolov5s-timm-lcnet100.yaml", "yolov5s-timm-fastvit-t8.yaml",
+            "yolov5s-torchvision-mobilenetv3-small.yaml"]  # fmt: skip
 
 
 def lived_in(model: nn.Module) -> nn.Module:
@@ -202,3 +204,59 @@ def test_folding_twice_changes_nothing():
 def test_one_unfoldable_block_leaves_the_others_folded():
     model = nn.Sequential(Pair(), UsedTwice(nn.Conv2d(8, 8, 1)), Pair(nn.Conv2d(8, 8, 1)))
     assert norms(fuse(model)) == ["1.another"]
+
+
+class Branches(nn.Module):
+    """Two convolutions side by side that become one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) if self.right is None else self.left(x) + self.right(x)
+
+    def reparameterize(self) -> None:
+        assert self.right is not None, "asked twice"
+        for own, other in zip(self.left.parameters(), self.right.parameters(), strict=True):
+            own.data += other.data
+        self.right = None
+
+
+class Around(nn.Module):
+    """Merges what it contains by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def reparameterize(self) -> None:
+        self.inner.reparameterize()
+
+
+@pytest.mark.parametrize("block", [Branches, Around])
+def test_branches_are_merged_before_norms_are_folded(block):
+    model = lived_in(nn.Sequential(nn.Sequential(block(), nn.BatchNorm2d(8)))).eval()
+    fused = fuse(model)
+    assert norms(fused) == [] and sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
+    assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 2
+    images = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        assert_same(model(images), fused(images))
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [
+    ("repvgg_a0", 22), ("mobileone_s0", 43), ("repghostnet_050", None), ("tf_mobilenetv3_small_minimal_100", None), ("hgnetv2_b0", None),
+])  # fmt: skip
+@torch.no_grad()
+def test_timms_networks_fold(name, convolutions):
+    """Its own branches, its batch norms with activations, its convolutions that pad by themselves. The papers' count of convolutions is left."""
+    backbone = lived_in(Timm(name)).eval()
+    fused = fuse(backbone)
+    assert norms(fused) == [] and len(norms(backbone)) > 10
+    assert convolutions in (None, sum(isinstance(m, nn.Conv2d) for m in fused.modules()))
+    images = torch.rand(2, 3, 64, 96)
+    assert_same(backbone(images), fused(images))

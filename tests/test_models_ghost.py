@@ -88,6 +88,13 @@ def test_backbone_has_the_papers_widths(detector):
     assert model.strides == (8, 16, 32)
 
 
+@pytest.mark.parametrize("width, name", [(0.5, "yolov5n-ghostnet-0.5x.yaml"), (1.3, "yolov5s-ghostnet-1.3x.yaml")])
+def test_other_sizes_yamls_are_the_papers(width, name):
+    """The widths written out in them are those of the 1.0x file at that multiple, which timm's weights fit."""
+    ours, scaled = (model.model[:17].state_dict() for model in (DetectionModel(load_spec(name)), ghostnet_detector(width)))
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in scaled.items()}
+
+
 def test_classifier_of_our_rows_has_the_papers_size():
     """5.18 M parameters and 141 M multiply-accumulates at 224 px, with the paper's classifier behind our stem and bottlenecks."""
     rows = list(ghostnet_detector(1.0).model[:17])

@@ -23,6 +23,8 @@ BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the l
 NAME: Check = (lambda v: Path(v).name not in ("", ".."), "must be a folder's name")
 SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
 INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
+SEEDS: Check = (lambda v: all(0 <= seed < 2**32 for seed in v), "must be at least 0 and below 2**32")
+SIZES_OF_BATCH: Check = (lambda v: min(v) >= 1, "must be 1 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
 SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
 DEFAULT_IMGSZ = 640
@@ -39,9 +41,13 @@ def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequ
 class Common:
     device: str = option("", "cpu, or a CUDA device's number; the first CUDA device, else the CPU, if left out")
     precision: str = option("auto", "auto: bf16 or fp16 where the device has it natively, else fp32", choices=PRECISIONS)
+    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
+
+
+@dataclass(frozen=True)
+class NewRun(Common):
     name: str = option("exp", "this run's folder inside --project; a number is added if it exists", check=NAME)
     exist_ok: bool = option(False, "write into an existing run folder")
-    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataOptions, Common):
-    cfg: str = option("", "model YAML, found as given, in models/ or in models/hub/")
+class TrainConfig(DataOptions, NewRun):
+    cfg: str = option("", "model YAML, found as given, in models/, models/hub/ or models/timm/")
     weights: str = option("", "start from these weights (.pt of ours or of YOLOv5)")
     hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
     epochs: int = option(100, "passes over the training images", check=POSITIVE)
@@ -82,11 +88,12 @@ class TrainConfig(DataOptions, Common):
                                      nargs="+", type=int, check=INDICES)
     save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
     seed: int = option(0, "seed of everything random", check=SEED)
-    time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit", check=NOT_NEGATIVE)
+    time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit",
+                               check=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
-class InferenceOptions(Common):
+class InferenceOptions(NewRun):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
@@ -131,6 +138,25 @@ class DetectConfig(InferenceOptions):
     hide_labels: bool = option(False, "draw boxes without labels")
     hide_conf: bool = option(False, "draw labels without confidences")
     project: str = option("runs/detect", "folder of runs")
+
+
+@dataclass(frozen=True)
+class CompareConfig(DataOptions, Common):
+    cfg: tuple[str, ...] = option((), "model YAMLs, or patterns such as 'models/*.yaml'", nargs="+", type=str)
+    weights: tuple[str, ...] = option((), "checkpoints to compare as they are", nargs="+", type=str)
+    data: str = option("", "train and score on this data YAML, found as given or in data/; without it costs are measured only")
+    imgsz: int = option(DEFAULT_IMGSZ, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    epochs: int = option(100, "passes over the training images, the same for each network", check=POSITIVE)
+    budget_minutes: float = option(0.0, "train each network for so many minutes instead", check=NOT_NEGATIVE)
+    seeds: tuple[int, ...] = option((0,), "train each network once with each seed", nargs="+", type=int, check=SEEDS)
+    batch_size: int = option(16, "images a training step", check=POSITIVE, aliases=("--batch",))
+    hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
+    batches: tuple[int, ...] = option((1, 8), "batch sizes to measure latency at", nargs="+", type=int, check=SIZES_OF_BATCH)
+    runtimes: tuple[str, ...] = option((), "measure in these only (default: each that is installed)", nargs="+", type=str)
+    layers: bool = option(False, "what each row of each network costs, as table and picture")
+    noplots: bool = option(False, "write no pictures")
+    name: str = option("exp", "this comparison's folder inside --project; it goes on where it stopped", check=NAME)
+    project: str = option("runs/compare", "folder of comparisons")
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,33 @@
+"""Optional packages: imported by those who need them when they need them, and silent towards their makers."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+from utils.errors import UserError
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def import_extra(package: str) -> ModuleType:
+    """An optional package.
+
+    ONNX Runtime and OpenVINO would report their use over the network: they are told not to before they start, so that they must not be imported
+    in any other way.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO goes without where it can't be imported
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise UserError(f"needs {package}: pip install {package}") from None

@@ -1,0 +1,234 @@
+"""Ways to run a network on this machine, behind one interface: PyTorch, TorchScript, ONNX Runtime and OpenVINO."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from utils.device import autocast, cpu_has_native_bf16
+from utils.errors import UserError
+from utils.extras import import_extra, is_installed
+from utils.files import did_you_mean
+
+Run = Callable[[], Sequence[Tensor]]  # one batch to its raw maps, done when it returns; the next run may overwrite them
+_LONGEST_REASON = 400  # characters
+_PROFILED_RUNS = 3  # after which TorchScript has optimised what it saw
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run a network; with as many threads as PyTorch has."""
+
+    name: str
+    make: Callable[[nn.Module, Tensor], Run]
+    packages: tuple[str, ...] = ()  # beyond PyTorch
+    dtype: torch.dtype = torch.float32
+
+    def missing(self, asked: bool = False) -> str | None:
+        """Why it can't run here, in one line; None where it can.
+
+        Args:
+            asked: the user named it, so that only what makes it impossible is a reason, not what makes it slow.
+        """
+        absent = [package for package in self.packages if not is_installed(package)]
+        if absent:
+            return f"{self.name}: pip install {' '.join(absent)}"
+        if self.dtype == torch.bfloat16 and not asked and not torch.cuda.is_available() and not cpu_has_native_bf16():
+            return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
+        return None
+
+    def describe(self) -> str:
+        """One line for tables, where nothing is missing: its name, version, precision and threads."""
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        release = import_extra(self.packages[-1] if self.packages else "torch").__version__.partition("-")[0]
+        return f"{self.name.removesuffix(f' {precision}')} {release}, {precision}, {torch.get_num_threads()} threads"
+
+    def prepare(self, network: nn.Module, images: Tensor) -> Run:
+        """A callable that runs this batch; it ran once.
+
+        Args:
+            network: for inference: fused, in eval mode; its weights are laid out channels-last here.
+            images: (B, 3, H, W) float32, 0..1; the shape is compiled in.
+
+        Raises:
+            UserError: this network does not run in it, and why.
+        """
+        try:
+            if self.packages and images.is_cuda:
+                raise ValueError("runs on the CPU only: use --device cpu")
+            network = network.to(images.device, memory_format=torch.channels_last)
+            run = self.make(network, images)
+            run()
+        except Exception as error:  # of a converter or a kernel: of any kind
+            reason = textwrap.shorten(str(error) or type(error).__name__, _LONGEST_REASON, placeholder=" …")
+            raise UserError(f"{self.name}: this network does not run in it: {reason}") from error
+        return run
+
+
+def choose_runtimes(asked: Sequence[str] = ()) -> tuple[list[Runtime], list[str]]:
+    """Those that can run here, and for each other one a line that says why not.
+
+    Args:
+        asked: names, of which only letters and digits count; none: all.
+
+    Raises:
+        UserError: no such runtime.
+    """
+    known = {_key(runtime.name): runtime for runtime in RUNTIMES}
+    for name in asked:
+        if _key(name) not in known:
+            raise UserError(f"{name}: no such runtime{did_you_mean(_key(name), known)}; there are {', '.join(known)}")
+    chosen = [known[_key(name)] for name in dict.fromkeys(asked)] or list(RUNTIMES)
+    reasons = {runtime.name: runtime.missing(asked=bool(asked)) for runtime in chosen}
+    return [runtime for runtime in chosen if not reasons[runtime.name]], [reason for reason in reasons.values() if reason]
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _pytorch(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run() -> Sequence[Tensor]:
+        with autocast(images.device, dtype):
+            maps = network(images)
+        _synchronize(images)
+        return maps
+
+    return run
+
+
+def _torchscript(network: nn.Module, images: Tensor) -> Run:
+    images = images.contiguous(memory_format=torch.channels_last)
+    with _quiet():
+        frozen = torch.jit.freeze(_trace(network, images))
+
+    @torch.inference_mode()
+    def run() -> Sequence[Tensor]:
+        maps = frozen(images)
+        _synchronize(images)
+        return maps
+
+    for _ in range(_PROFILED_RUNS):
+        run()
+    return run
+
+
+def _synchronize(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+def _onnxruntime(network: nn.Module, images: Tensor) -> Run:
+    onnxruntime = import_extra("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors, which also raise
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its idle threads slow whatever is timed next
+    images = images.contiguous()
+    with TemporaryDirectory() as folder, _quiet(), _plain_attention():
+        path = Path(folder) / "network.onnx"
+        _export_onnx(network, images, path)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: [torch.from_numpy(maps) for maps in session.run(None, feed)]
+
+
+def _export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
+    """By PyTorch's older exporter, which is much the faster; by its newer one where the older fails or is gone."""
+    try:
+        torch.onnx.export(network, (images,), str(path), dynamo=False)
+    except Exception as older:
+        if not is_installed("onnxscript"):
+            raise RuntimeError(f"{_first_line(older)} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
+        try:
+            torch.onnx.export(network, (images,), str(path), dynamo=True, verbose=False)
+        except Exception as newer:
+            raise RuntimeError(f"PyTorch's two exporters fail: {_first_line(older)}; {_first_line(newer.__cause__ or newer)}") from newer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _openvino(network: nn.Module, images: Tensor) -> Run:
+    openvino = import_extra("openvino")
+    images = images.contiguous()
+    with _quiet(), _plain_attention():
+        converted = openvino.convert_model(_trace(network, images), example_input=images, input=[tuple(images.shape)])
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(converted, "CPU", settings)
+    request, levels, array = compiled.create_infer_request(), range(len(compiled.outputs)), images.numpy()
+
+    def run() -> Sequence[Tensor]:
+        maps = request.infer([array], share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(maps[i]) for i in levels]
+
+    return run
+
+
+@torch.no_grad()
+def _trace(network: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
+    return torch.jit.trace(network, images, check_trace=False)  # the check would run it again and again
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as matrix products: without gradients it is one operator that only PyTorch knows."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch announces the end of what it still has no fast replacement for, and warns of shapes that are fixed here on purpose."""
+    with warnings.catch_warnings(), _no_stdout():
+        warnings.filterwarnings("ignore", message=r".*`torch\.jit\.\w+` is deprecated")
+        warnings.filterwarnings("ignore", message="You are using the legacy TorchScript-based ONNX export")
+        warnings.filterwarnings("ignore", message="The feature will be removed", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        yield
+
+
+@contextmanager
+def _no_stdout() -> Iterator[None]:
+    """Where PyTorch's exporter meets an operator that it doesn't know, it prints the whole graph, past Python's stdout; then it raises."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+RUNTIMES = (
+    Runtime("PyTorch fp32", functools.partial(_pytorch, dtype=torch.float32)),
+    Runtime("PyTorch bf16", functools.partial(_pytorch, dtype=torch.bfloat16), dtype=torch.bfloat16),
+    Runtime("TorchScript", _torchscript),
+    Runtime("ONNX Runtime", _onnxruntime, ("onnx", "onnxruntime")),
+    Runtime("OpenVINO", _openvino, ("openvino",)),
+)
