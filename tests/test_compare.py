@@ -1,0 +1,225 @@
+"""compare.py: networks trained, scored and measured side by side; what fails costs its own row only."""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import data_yaml, model_yaml
+
+import compare
+import train
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.compare import comparison
+from utils.compare.entrants import Entrant, find_entrants, open_folder
+from utils.compare.report import rank_notes
+from utils.compare.rows import Profile, Row, columns_of, mean_and_std, spearman
+from utils.compare.runs import Run, command, plan_runs
+from utils.compare.scores import Score
+from utils.compare.table import as_csv, as_latex, as_markdown, as_text
+from utils.config import CompareConfig
+from utils.errors import UserError
+from utils.measure.timing import Latency
+from utils.plots.comparison import pareto_front
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# who takes part
+
+
+def test_names_come_from_files_and_runs(tmp_path: Path) -> None:
+    weights = ["runs/train/first/weights/best.pt", "weights/light.pt"]
+    entrants = find_entrants(["yolov5n.yaml", "models/yolov5s-shuffle*.yaml"], weights)
+    assert [e.name for e in entrants[:2]] == ["yolov5n", "yolov5s-shuffle-c3"] and entrants[0].cfg == "yolov5n.yaml"
+    assert [e.name for e in entrants[-2:]] == ["first", "light"] and entrants[-1].weights == "weights/light.pt"
+    assert find_entrants(["yolov5n.yaml", "yolov5n.yaml"], []) == [Entrant("yolov5n", cfg="yolov5n.yaml")]
+    assert len(find_entrants(["models/*.yaml"], [])) > 12
+
+
+@pytest.mark.parametrize(
+    ("cfgs", "weights", "message"),
+    [((), (), "name the networks: --cfg"), (("no*such.yaml",), (), r"no\*such.yaml: no file fits it"),
+     (("a/net.yaml", "b/net.yaml"), (), "a/net.yaml and b/net.yaml: 2 networks named net"),
+     (("net.yaml",), ("net/weights/best.pt",), "2 networks named net")],
+)  # fmt: skip
+def test_entrants_that_can_not_be(cfgs: tuple[str, ...], weights: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_entrants(cfgs, weights)
+
+
+def test_a_folder_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    config = CompareConfig(data="bccd.yaml", project=str(tmp_path), name="one")
+    assert open_folder(config) == open_folder(dataclasses.replace(config, seeds=(0, 1), cfg=("more.yaml",))) == tmp_path / "one"
+    assert open_folder(dataclasses.replace(config, data="", imgsz=320)) == tmp_path / "one"  # measured only
+    with pytest.raises(UserError, match=r"one: holds a comparison with --imgsz 640 --epochs 100: repeat these to go on with it, or"):
+        open_folder(dataclasses.replace(config, imgsz=320, epochs=5))
+
+
+# trainings
+
+
+def test_every_network_has_its_turn_before_the_next_seed(tmp_path: Path) -> None:
+    entrants = [Entrant("a", cfg="a.yaml"), Entrant("done", weights="done.pt"), Entrant("b", cfg="b.yaml")]
+    assert [run.folder.name for run in plan_runs(entrants, (0, 7), tmp_path)] == ["a-seed0", "b-seed0", "a-seed7", "b-seed7"]
+
+
+def test_the_command_of_a_training(tmp_path: Path) -> None:
+    run = Run(Entrant("a", cfg="a.yaml"), 3, tmp_path / "runs" / "a-seed3")
+    words = " ".join(command(run, CompareConfig(data="bccd.yaml", epochs=9, single_cls=True)))
+    assert "--cfg a.yaml --seed 3" in words and "--epochs 9 --time-limit 0.0 --patience 0" in words and words.endswith("--single-cls")
+    assert "--plugin" not in words
+    assert "--epochs 100000 --time-limit 2.5" in " ".join(command(run, CompareConfig(data="bccd.yaml", budget_minutes=2.5)))
+    run.last.parent.mkdir(parents=True)
+    run.last.touch()
+    assert command(run, CompareConfig(data="bccd.yaml")) == ["--resume", str(run.last)]
+
+
+# figures and tables, by hand
+
+
+def row(name: str, ms: float | str, gflops: float, *scores: float, **more: object) -> Row:
+    latency = Latency(ms, ms * 1.5, 0.1, 9) if isinstance(ms, float) else ms
+    profile = Profile(int(gflops * 1e6), gflops, 2.5, 30, {("PyTorch fp32", 1): latency})
+    score = {seed: {"val": Score({"mAP50": value * 2, "mAP50-95": value}, [value], [])} for seed, value in enumerate(scores)}
+    return Row(Entrant(name, cfg=f"{name}.yaml"), profile, score, {seed: 3.0 for seed in score}, **more)
+
+
+ROWS = [row("a_light", 10.0, 2.0, 0.3, 0.4), row("b", 20.0, 4.0, 0.5), Row(Entrant("broken", cfg="broken.yaml"), problems=["no such model YAML"])]
+COLUMNS = columns_of(ROWS, ["val", "test"], [("PyTorch fp32", 1)])
+
+
+def test_mean_and_deviation() -> None:
+    assert mean_and_std([0.3]) == (0.3, None)
+    mean, std = mean_and_std([0.3, 0.4])
+    assert mean == pytest.approx(0.35) and std == pytest.approx(0.1 / math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [([1, 2, 3], [10, 20, 30], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3, 4], [1, 3, 2, 4], 0.8), ([1, 1, 2], [1, 2, 3], math.sqrt(0.75)),
+     ([1], [1], math.nan), ([1, 1], [1, 2], math.nan)],
+)  # fmt: skip
+def test_rank_correlation_by_hand(a: list[float], b: list[float], expected: float) -> None:
+    assert spearman(a, b) == pytest.approx(expected, nan_ok=True)
+
+
+def test_what_flops_say_of_latency() -> None:
+    misled = [row("a", 30.0, 1.0), row("b", 20.0, 2.0), row("c", 10.0, 3.0), row("d", "can't", 4.0)]
+    assert "of 3 networks: GFLOPs -1.00, parameters -1.00" in rank_notes(misled, [("PyTorch fp32", 1)])[0]
+    assert rank_notes(misled[:2], [("PyTorch fp32", 1)]) == []
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    assert pareto_front([3, 1, 2, 2, 5], [0.5, 0.2, 0.1, 0.4, 0.5]) == [1, 3, 0]
+    assert pareto_front([], []) == []
+
+
+def test_columns_without_a_figure_are_left_out() -> None:
+    titles = [column.title for column in COLUMNS]
+    assert titles == ["params (M)", "GFLOPs", "file (MB)", "memory (MB)", "PyTorch fp32 b1 p50 (ms)", "PyTorch fp32 b1 p90 (ms)", "val mAP50",
+                      "val mAP50-95", "training (min)"]
+
+
+def test_tables_say_the_same() -> None:
+    table = list(csv.DictReader(as_csv(ROWS, COLUMNS).splitlines()))
+    assert [r["network"] for r in table] == ["a_light", "b", "broken"]
+    assert (table[0]["val mAP50-95"], table[0]["val mAP50-95 n"], table[1]["val mAP50-95 std"]) == ("0.35", "2", "")
+    assert float(table[0]["val mAP50-95 std"]) == pytest.approx(0.0707107) and table[2]["problem"] == "no such model YAML" and not table[2]["GFLOPs"]
+    assert table[1]["PyTorch fp32 b1 p90 (ms)"] == "30"
+    markdown = as_markdown(ROWS, COLUMNS, ["on a machine"]).splitlines()
+    assert len({line.count("|") for line in markdown[:5]}) == 1
+    assert "| 0.350 ± 0.071 |" in markdown[2] and "| 0.500 |" in markdown[3] and "| – |" in markdown[4]
+    assert "- **broken**: no such model YAML" in markdown and markdown[-1] == "- on a machine"
+    latex = as_latex(ROWS, COLUMNS, ["50 % of it"])
+    assert r"a\_light & 2.00" in latex and r"0.350 $\pm$ 0.071" in latex and "% 50 % of it" in latex and latex.count(r"\\") == 4
+    text = as_text(ROWS, COLUMNS)
+    assert "p90" not in text and len({len(line) for line in text.splitlines()}) == 1
+
+
+# the whole
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two epochs on tiny images; trained in this process, for speed."""
+    monkeypatch.setattr(comparison, "train", lambda run, config: train.main(command(run, config)))
+    return ["--data", str(data_yaml(tmp_path)), "--imgsz", "64", "--epochs", "2", "--batch-size", "4", "--device", "cpu", "--precision", "fp32",
+            "--workers", "0", "--project", str(tmp_path / "runs"), "--name", "both", "--runtimes", "PyTorch-fp32", "--batches", "1"]
+
+
+def table_of(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "compare.csv", newline="") as file:
+        return {r["network"]: r for r in csv.DictReader(file)}
+
+
+def test_one_is_added_one_fails_and_none_is_trained_twice(tmp_path: Path, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = (str(model_yaml(tmp_path, name=f"{name}.yaml", width=width)) for name, width in (("small", 8), ("wide", 16)))
+    folder = tmp_path / "runs" / "both"
+    assert compare.main(["--cfg", first, *flags, "--noplots"]) == 0
+    trained = folder / "runs" / "small-seed0" / "weights" / "last.pt"
+    before = trained.stat().st_mtime_ns
+
+    last = load_checkpoint(trained)
+    unfinished = folder / "runs" / "wide-seed0"  # a training that was interrupted after its first epoch
+    assert train.main([*command(Run(Entrant("wide", cfg=second), 0, unfinished), CompareConfig(data=flags[1], imgsz=64, batch_size=4, workers=0)),
+                       "--epochs", "2", "--time-limit", "1e-6"]) == 0
+    last = load_checkpoint(unfinished / "weights" / "last.pt")
+    last.training["finished"] = False
+    last.training["config"]["time_limit"] = 0.0
+    save_checkpoint(unfinished / "weights" / "last.pt", last)
+    capfd.readouterr()
+
+    assert compare.main(["--cfg", first, second, "gone.yaml", *flags, "--layers"]) == 1
+    out = "".join(capfd.readouterr())
+    assert trained.stat().st_mtime_ns == before and "going on with" in out and "gone.yaml: no such model YAML" in out
+    table = table_of(folder)
+    assert set(table) == {"small", "wide", "gone"} and "no such model YAML" in table["gone"]["problem"]
+    for name in ("small", "wide"):
+        assert all(table[name][key] for key in ("params (M)", "PyTorch fp32 b1 p50 (ms)", "val mAP50-95", "test mAP50", "training (min)")), name
+    assert float(table["wide"]["params (M)"]) > float(table["small"]["params (M)"])
+    for name in ("pareto.png", "learning.png", "learning_by_time.png", "class_ap.png", "sheet.jpg", "layers-small.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 100
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20, name
+    assert "rank" not in (folder / "compare.tex").read_text() and (folder / "compare.md").read_text().count("| small |") == 1
+
+
+def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path, flags: list[str], shared: Path) -> None:
+    assert train.main(["--cfg", str(model_yaml(tmp_path)), *flags[:14], "--noplots", "--project", str(tmp_path / "runs"), "--name", "mine"]) == 0
+    mine, other = tmp_path / "runs" / "mine" / "weights" / "best.pt", shared / "weights" / "yolov5n.pt"
+    assert compare.main(["--weights", str(mine), str(other), *flags, "--noplots"]) == 1
+    table = table_of(tmp_path / "runs" / "both")
+    assert table["mine"]["val mAP50-95"] and "80 classes" in table["yolov5n"]["problem"] and table["yolov5n"]["PyTorch fp32 b1 p50 (ms)"]
+    scores = tmp_path / "runs" / "both" / "scores" / "mine.json"
+    before = scores.stat().st_mtime_ns
+    assert compare.main(["--weights", str(mine), *flags, "--noplots"]) == 0
+    assert scores.stat().st_mtime_ns == before
+    save_checkpoint(mine, dataclasses.replace(load_checkpoint(mine), metrics={}))
+    assert compare.main(["--weights", str(mine), *flags, "--noplots"]) == 0
+    assert scores.stat().st_mtime_ns > before, "another file, yet its old scores"
+
+
+def test_costs_alone_need_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cfg = str(model_yaml(tmp_path))
+    argv = ["--cfg", cfg, "--imgsz", "64", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1", "2"]
+    assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "TorchScript"]) == 0
+    table = table_of(tmp_path / "costs")["tiny"]
+    assert all(float(table[f"{runtime} b{batch} p50 (ms)"]) > 0 for runtime in ("PyTorch fp32", "TorchScript") for batch in (1, 2))
+    assert not list((tmp_path / "costs").glob("*.png"))
+    capfd.readouterr()
+    assert compare.main([*argv, "--runtimes", "Torch-Skript"]) == 2
+    assert "no such runtime; did you mean torchscript" in capfd.readouterr().err
+
+
+def test_a_training_that_fails_costs_its_row(tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, whose last line is the reason."""
+    monkeypatch.undo()
+    hyp = tmp_path / "wild.yaml"
+    hyp.write_text("lr0: 1.0e+30\nwarmup_epochs: 0\n")
+    assert compare.main(["--cfg", str(model_yaml(tmp_path)), *flags, "--hyp", str(hyp), "--noplots"]) == 1
+    assert "the loss is not finite" in table_of(tmp_path / "runs" / "both")["tiny"]["problem"]

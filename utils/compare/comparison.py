@@ -1,0 +1,159 @@
+"""A comparison from its networks to its report; each network that fails costs its own row only."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from utils.compare.entrants import Entrant
+from utils.compare.report import write_report
+from utils.compare.rows import Profile, Row
+from utils.compare.runs import Run, plan_runs, train
+from utils.compare.scores import Score, scored
+from utils.config import CompareConfig
+from utils.data.labels import Split
+from utils.data.open import open_splits, val_loader
+from utils.data.spec import load_data_spec
+from utils.device import compute_dtype, describe, select_device
+from utils.errors import UserError
+from utils.evaluate.validate import ValResult, check_classes, validate
+from utils.log import info, warn
+from utils.measure.runtimes import choose_runtimes
+
+_VAL_BATCH = 32
+
+
+class Networks(Protocol):
+    """What a comparison must be able to do with networks (models/profile.py does it)."""
+
+    def build(self, cfg: str, names: Sequence[str]) -> Any: ...
+
+    def load(self, weights: Path) -> Any: ...
+
+    def count(self, model: Any, imgsz: int) -> Profile: ...
+
+    def draw_rows(self, model: Any, imgsz: int, device: torch.device, dtype: torch.dtype, out: Path | None) -> str: ...
+
+    def measure_latencies(self, models: Mapping[str, Any], profiles: Mapping[str, Profile], imgsz: int, runtimes: Sequence[Any],
+                          batches: Sequence[int], device: torch.device) -> list[str]: ...
+
+
+class Comparison:
+    """`run()` does what is not done yet, and writes the report after each training, so that an interrupted one has a report too."""
+
+    def __init__(self, config: CompareConfig, entrants: Sequence[Entrant], folder: Path, networks: Networks) -> None:
+        self.config, self.folder, self.networks = config, folder, networks
+        self.rows = {entrant.name: Row(entrant) for entrant in entrants}
+        self.device = select_device(config.device)
+        self.dtype = compute_dtype(config.precision, self.device)
+        self.runtimes, self.remarks = choose_runtimes(config.runtimes)
+        self.splits: dict[str, Split] = {}
+        if config.data:
+            has_test = "test" in load_data_spec(config.data, config.data_root or None).splits
+            names = ("val", "test")[: 1 + has_test]
+            self.splits = dict(zip(names, open_splits(config, names), strict=True))
+        self.models = {}
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows.values() if row.problems]
+
+    def run(self) -> None:
+        self.open()
+        if self.config.data:
+            self.score_checkpoints()
+            self.train_all()
+        self.measure()
+        self.report()
+        if self.config.layers:
+            self.measure_rows()
+
+    def open(self) -> None:
+        """Build or load every network and count it."""
+        for name, row in self.rows.items():
+            with _Blame(row):
+                names = self.splits["val"].names if self.splits else ()
+                model = self.networks.load(Path(row.entrant.weights)) if row.entrant.weights else self.networks.build(row.entrant.cfg, names)
+                row.profile = self.networks.count(model, model.whole_strides(self.config.imgsz))
+                self.models[name] = model
+
+    def score_checkpoints(self) -> None:
+        for name, row in self.rows.items():
+            if name in self.models and row.entrant.weights:
+                with _Blame(row):
+                    row.scores[0] = self._scored(Path(row.entrant.weights), self.folder / "scores" / f"{name}.json")
+
+    def train_all(self) -> None:
+        """Train what is not trained to its end, and score each as it ends."""
+        runs = [run for run in plan_runs([row.entrant for row in self.rows.values()], self.config.seeds, self.folder)
+                if run.entrant.name in self.models]
+        for n, run in enumerate(runs):
+            row = self.rows[run.entrant.name]
+            with _Blame(row, f"seed {run.seed}: "):
+                if not run.is_finished():
+                    info(f"\ntraining {n + 1} of {len(runs)}: {run.entrant.name}, seed {run.seed} -> {run.folder}")
+                    train(run, self.config)
+                self._take(run, row)
+                self.report()
+
+    def _take(self, run: Run, row: Row) -> None:
+        row.scores[run.seed] = self._scored(run.best, run.folder / "scores.json")
+        history = run.history()
+        row.minutes[run.seed] = sum(epoch["time_s"] for epoch in history) / 60
+        row.learning[run.seed] = np.array([[epoch["epoch"] + 1, epoch["time_s"], epoch["metrics/mAP50-95"]] for epoch in history])
+
+    def _scored(self, weights: Path, kept: Path) -> dict[str, Score]:
+        return scored(weights, kept, self.splits, self._evaluate)
+
+    def _evaluate(self, weights: Path) -> dict[str, ValResult]:
+        model = self.networks.load(weights)
+        network = model.fused().to(self.device, memory_format=torch.channels_last)
+        imgsz, results = model.whole_strides(self.config.imgsz), {}
+        for name, split in self.splits.items():
+            check_classes(model.names, split.names, self.config.single_cls, str(weights))
+            loader = val_loader(split, imgsz, _VAL_BATCH, model.pad_stride, self.config.workers, self.device)
+            results[name] = validate(network, loader, split, self.device, self.dtype, single_cls=self.config.single_cls)
+        return results
+
+    def measure(self) -> None:
+        """Latency of all networks side by side."""
+        profiles = {name: self.rows[name].profile for name in self.models}
+        if self.models:
+            self.remarks += self.networks.measure_latencies(self.models, profiles, self.config.imgsz, self.runtimes, self.config.batches, self.device)
+
+    def measure_rows(self) -> None:
+        """What each row of each network costs."""
+        for name, model in self.models.items():
+            out = None if self.config.noplots else self.folder / f"layers-{name}.png"
+            info(f"\n{name}\n{self.networks.draw_rows(model, model.whole_strides(self.config.imgsz), self.device, self.dtype, out)}")
+
+    def report(self) -> None:
+        """Tables and pictures of what is known by now."""
+        config = self.config
+        notes = [f"costs at {config.imgsz} px, batch norm folded away, on {describe(self.device, self.dtype)}",
+                 "measured in " + "; ".join(runtime.describe() for runtime in self.runtimes)]
+        if config.data:
+            length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
+            seeds = " ".join(map(str, config.seeds))
+            notes.append(f"{config.data}, {config.imgsz} px, {length}, batch {config.batch_size}, seeds {seeds}; mAP is COCO's")
+        write_report(self.folder, list(self.rows.values()), self.splits, notes + self.remarks, pictures=not config.noplots)
+
+
+class _Blame:
+    """Puts a UserError of its block on a network's row, and goes on."""
+
+    def __init__(self, row: Row, prefix: str = "") -> None:
+        self.row, self.prefix = row, prefix
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, UserError):
+            self.row.problems.append(f"{self.prefix}{error}")
+            warn(f"{self.row.entrant.name}: {self.row.problems[-1]}; the others go on")
+            return True
+        return False
