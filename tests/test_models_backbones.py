@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,7 @@ from models.torchvision_backbone import Torchvision
 from models.yolo import DetectionModel, build_for_training, load_model
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.files import write_yaml
+from utils.files import ROOT, write_yaml
 
 SWIN = "swin_tiny_patch4_window7_224"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -187,6 +188,13 @@ def test_work_of_derived_layers_and_attention_is_counted(name):
     for hook in hooks:
         hook.remove()
     assert count_gflops(backbone, 64) * 1e9 == pytest.approx(counter.get_total_flops() + 2 * norms, rel=5e-3)
+
+
+def test_the_example_of_the_docs():
+    page = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    rows = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    model = DetectionModel(ModelSpec.from_dict(rows, "docs/backbones.md", 2))
+    assert model.strides == (16, 32) and model.spec.layers[0].args == ("mobilenetv4_conv_small",)
 
 
 # Mistakes
