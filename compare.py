@@ -4,9 +4,12 @@
     python compare.py --cfg yolov5s.yaml yolov5s-ghost.yaml yolov5s-shuffle.yaml --data bccd.yaml --imgsz 320 --epochs 100 --seeds 0 1 2
     python compare.py --weights runs/train/a/weights/best.pt runs/train/b/weights/best.pt --data bccd.yaml --imgsz 320
     python compare.py --cfg yolov5s-ghost.yaml --layers
+
+Exit code 1: some network failed in some way, which the table names; the others are done.
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -23,17 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models import profile
     from models.plugin import load_plugin
     from utils.compare.comparison import Comparison
-    from utils.compare.entrants import find_entrants, open_folder
+    from utils.compare.entrants import find_entrants, image_size
     from utils.device import keep_freed_memory
     from utils.log import info
 
     keep_freed_memory()
     load_plugin(config.plugin)
     entrants = find_entrants(config.cfg, config.weights)
-    folder = open_folder(config)
-    comparison = Comparison(config, entrants, folder, profile)
+    comparison = Comparison(dataclasses.replace(config, imgsz=image_size(config, entrants)), entrants, profile)
     comparison.run()
-    info(f"results: {folder}")
+    info(f"results: {comparison.folder}")
     return 1 if comparison.failed else 0
 
 

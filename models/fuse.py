@@ -76,7 +76,7 @@ class _Trace(TorchFunctionMode):
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         for norm, taken in self.norms.items():
-            if taken in self.outputs and self.uses[taken] == 1:
+            if self.uses[taken] == 1:
                 conv = self.outputs[taken][0]
                 if self.runs[conv] == self.runs[norm] == 1:
                     yield conv, norm
@@ -103,5 +103,5 @@ class _Trace(TorchFunctionMode):
 
     def _before_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.runs[module] = self.runs.get(module, 0) + 1
-        if inputs:
+        if inputs and id(inputs[0]) in self.outputs:  # only these are kept, so that only their ids stay their own
             self.norms[module] = id(inputs[0])

@@ -62,7 +62,7 @@ def measure_latencies(
         imgsz: pixels; a network whose strides it does not fit takes the next size that they do.
 
     Returns:
-        A remark for each round of measurements in which the machine was not quiet.
+        Remarks: where the machine was not quiet, and what was too slow to measure.
     """
     fused = {name: model.fused().to(device, memory_format=torch.channels_last) for name, model in models.items()}
     remarks = []
@@ -70,15 +70,14 @@ def measure_latencies(
         for batch in sorted(batches):
             runs: dict[str, Run] = {}
             for name in tqdm(fused, desc=f"{runtime.name} b{batch}", leave=False, dynamic_ncols=True):
-                known = profiles[name].latency
-                smaller = [(b, known[runtime.name, b]) for b in batches if b < batch and (runtime.name, b) in known]
-                if any(isinstance(ms, str) or ms.p50_ms / b * batch > _SLOWEST_S * 1e3 for b, ms in smaller):
-                    known[runtime.name, batch] = f"over {_SLOWEST_S:g} s by its time at a smaller batch"
+                smaller = {b: ms for b in batches if b < batch and (ms := profiles[name].p50(runtime.name, b))}
+                if any(ms / b * batch > _SLOWEST_S * 1e3 for b, ms in smaller.items()):
+                    remarks.append(f"{name} in {runtime.name}, batch {batch}: over {_SLOWEST_S:g} s, by its time at a smaller batch; not measured")
                     continue
                 try:
                     runs[name] = _prepare(runtime, fused[name], models[name].whole_strides(imgsz), batch, device)
                 except UserError as error:
-                    known[runtime.name, batch] = str(error)
+                    profiles[name].problems.append(f"batch {batch}: {error}")
             if runs:
                 timings = time_interleaved(runs, _ROUNDS, budget_s=_BUDGET_S, reference=reference_convolution(device),
                                            title=f"{runtime.name} b{batch}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from tiny import data_yaml, model_yaml
 
 import compare
 import train
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from models import profile
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.compare import comparison
-from utils.compare.entrants import Entrant, find_entrants, open_folder
+from utils.compare.entrants import Entrant, check_settings, find_entrants, image_size
 from utils.compare.report import rank_notes
 from utils.compare.rows import Profile, Row, columns_of, mean_and_std, spearman
 from utils.compare.runs import Run, command, plan_runs
@@ -53,11 +55,25 @@ def test_entrants_that_can_not_be(cfgs: tuple[str, ...], weights: tuple[str, ...
 
 
 def test_a_folder_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
-    config = CompareConfig(data="bccd.yaml", project=str(tmp_path), name="one")
-    assert open_folder(config) == open_folder(dataclasses.replace(config, seeds=(0, 1), cfg=("more.yaml",))) == tmp_path / "one"
-    assert open_folder(dataclasses.replace(config, data="", imgsz=320)) == tmp_path / "one"  # measured only
-    with pytest.raises(UserError, match=r"one: holds a comparison with --imgsz 640 --epochs 100: repeat these to go on with it, or"):
-        open_folder(dataclasses.replace(config, imgsz=320, epochs=5))
+    config = CompareConfig(data="bccd.yaml", imgsz=640)
+    check_settings(tmp_path, config, "abc")
+    check_settings(tmp_path, dataclasses.replace(config, seeds=(0, 1), cfg=("more.yaml",), data="bccd", workers=0), "abc")
+    with pytest.raises(UserError, match=r"holds a comparison with --imgsz 640 --epochs 100: repeat these to go on with it, or give another --name"):
+        check_settings(tmp_path, dataclasses.replace(config, imgsz=320, epochs=5), "abc")
+    with pytest.raises(UserError, match="holds a comparison on other images or labels: give another --name"):
+        check_settings(tmp_path, config, "abd")
+
+
+def test_checkpoints_are_scored_at_their_own_size(tmp_path: Path) -> None:
+    entrants = []
+    for name, size in (("a", 320), ("b", 320), ("c", None), ("d", 64)):
+        save_checkpoint(tmp_path / f"{name}.pt", Checkpoint({}, (), {}, imgsz=size))
+        entrants.append(Entrant(name, weights=str(tmp_path / f"{name}.pt")))
+    assert image_size(CompareConfig(), entrants[:3]) == 320
+    assert image_size(CompareConfig(), [entrants[2], Entrant("gone", weights="gone.pt"), Entrant("new", cfg="new.yaml")]) == 640
+    assert image_size(CompareConfig(imgsz=96), entrants) == 96
+    with pytest.raises(UserError, match=r"several sizes, .*b\.pt at 320 and .*d\.pt at 64 pixels: give one --imgsz"):
+        image_size(CompareConfig(), entrants)
 
 
 # trainings
@@ -76,15 +92,14 @@ def test_the_command_of_a_training(tmp_path: Path) -> None:
     assert "--epochs 100000 --time-limit 2.5" in " ".join(command(run, CompareConfig(data="bccd.yaml", budget_minutes=2.5)))
     run.last.parent.mkdir(parents=True)
     run.last.touch()
-    assert command(run, CompareConfig(data="bccd.yaml")) == ["--resume", str(run.last)]
+    assert command(run, CompareConfig(data="bccd.yaml", device="cpu")) == ["--resume", str(run.last), "--device", "cpu", "--workers", "8"]
 
 
 # figures and tables, by hand
 
 
-def row(name: str, ms: float | str, gflops: float, *scores: float, **more: object) -> Row:
-    latency = Latency(ms, ms * 1.5, 0.1, 9) if isinstance(ms, float) else ms
-    profile = Profile(int(gflops * 1e6), gflops, 2.5, 30, {("PyTorch fp32", 1): latency})
+def row(name: str, ms: float | None, gflops: float, *scores: float, **more: object) -> Row:
+    profile = Profile(int(gflops * 1e6), gflops, 2.5, 30, {("PyTorch fp32", 1): Latency(ms, ms * 1.5, 0.1, 9)} if ms else {})
     score = {seed: {"val": Score({"mAP50": value * 2, "mAP50-95": value}, [value], [])} for seed, value in enumerate(scores)}
     return Row(Entrant(name, cfg=f"{name}.yaml"), profile, score, {seed: 3.0 for seed in score}, **more)
 
@@ -109,7 +124,7 @@ def test_rank_correlation_by_hand(a: list[float], b: list[float], expected: floa
 
 
 def test_what_flops_say_of_latency() -> None:
-    misled = [row("a", 30.0, 1.0), row("b", 20.0, 2.0), row("c", 10.0, 3.0), row("d", "can't", 4.0)]
+    misled = [row("a", 30.0, 1.0), row("b", 20.0, 2.0), row("c", 10.0, 3.0), row("d", None, 4.0)]
     assert "of 3 networks: GFLOPs -1.00, parameters -1.00" in rank_notes(misled, [("PyTorch fp32", 1)])[0]
     assert rank_notes(misled[:2], [("PyTorch fp32", 1)]) == []
 
@@ -134,9 +149,9 @@ def test_tables_say_the_same() -> None:
     markdown = as_markdown(ROWS, COLUMNS, ["on a machine"]).splitlines()
     assert len({line.count("|") for line in markdown[:5]}) == 1
     assert "| 0.350 ± 0.071 |" in markdown[2] and "| 0.500 |" in markdown[3] and "| – |" in markdown[4]
-    assert "- **broken**: no such model YAML" in markdown and markdown[-1] == "- on a machine"
+    assert "- **broken: no such model YAML**" in markdown and markdown[-1] == "- on a machine"
     latex = as_latex(ROWS, COLUMNS, ["50 % of it"])
-    assert r"a\_light & 2.00" in latex and r"0.350 $\pm$ 0.071" in latex and "% 50 % of it" in latex and latex.count(r"\\") == 4
+    assert r"a\_light & 2.00" in latex and r"0.350 $\pm$ 0.071" in latex and "% 50 % of it" in latex and "% broken: no such model YAML" in latex and latex.count(r"\\") == 4
     text = as_text(ROWS, COLUMNS)
     assert "p90" not in text and len({len(line) for line in text.splitlines()}) == 1
 
@@ -152,8 +167,8 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "--workers", "0", "--project", str(tmp_path / "runs"), "--name", "both", "--runtimes", "PyTorch-fp32", "--batches", "1"]
 
 
-def table_of(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "compare.csv", newline="") as file:
+def table_of(folder: Path, name: str = "compare.csv") -> dict[str, dict[str, str]]:
+    with open(folder / name, newline="") as file:
         return {r["network"]: r for r in csv.DictReader(file)}
 
 
@@ -186,7 +201,9 @@ def test_one_is_added_one_fails_and_none_is_trained_twice(tmp_path: Path, flags:
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 100
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20, name
-    assert "rank" not in (folder / "compare.tex").read_text() and (folder / "compare.md").read_text().count("| small |") == 1
+    with open(folder / "class_ap.csv", newline="") as file:
+        assert [r["network"] for r in csv.DictReader(file)] == [r for r in table if r != "gone"]
+    assert (folder / "compare.md").read_text().count("| small |") == 1
 
 
 def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path, flags: list[str], shared: Path) -> None:
@@ -194,7 +211,8 @@ def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path
     mine, other = tmp_path / "runs" / "mine" / "weights" / "best.pt", shared / "weights" / "yolov5n.pt"
     assert compare.main(["--weights", str(mine), str(other), *flags, "--noplots"]) == 1
     table = table_of(tmp_path / "runs" / "both")
-    assert table["mine"]["val mAP50-95"] and "80 classes" in table["yolov5n"]["problem"] and table["yolov5n"]["PyTorch fp32 b1 p50 (ms)"]
+    assert not table["mine"]["problem"] and table["mine"]["val mAP50-95"]
+    assert "80 classes" in table["yolov5n"]["problem"] and table["yolov5n"]["PyTorch fp32 b1 p50 (ms)"]
     scores = tmp_path / "runs" / "both" / "scores" / "mine.json"
     before = scores.stat().st_mtime_ns
     assert compare.main(["--weights", str(mine), *flags, "--noplots"]) == 0
@@ -204,11 +222,43 @@ def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path
     assert scores.stat().st_mtime_ns > before, "another file, yet its old scores"
 
 
+def test_other_networks_of_one_name_are_told_apart(tmp_path: Path, flags: list[str]) -> None:
+    """An edited YAML, or other hyperparameters, must not be given the scores of the old one."""
+    cfg = model_yaml(tmp_path)
+    hyp = tmp_path / "calm.yaml"
+    hyp.write_text("lr0: 0.001\n")
+    assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 0
+    assert compare.main(["--cfg", str(cfg), *flags, "--noplots", "--hyp", str(hyp)]) == 1
+    assert "was trained with other hyperparameters" in table_of(tmp_path / "runs" / "both")["tiny"]["problem"]
+    model_yaml(tmp_path, width=16)
+    assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 1
+    table = table_of(tmp_path / "runs" / "both")["tiny"]
+    assert "was trained with other network of the same name: remove that folder" in table["problem"] and not table.get("val mAP50-95")
+
+
+def test_a_test_split_that_is_missing_or_unlabelled_is_left_out(tmp_path: Path, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    for label in (tmp_path / "labels" / "test").glob("*.txt"):
+        label.unlink()
+    argv = ["--cfg", str(model_yaml(tmp_path)), *flags, "--noplots"]
+    assert compare.main(argv) == 0 and "no scores on the test split: it has no labels" in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "images" / "test")
+    assert compare.main(argv) == 0 and "no scores on the test split: " in capfd.readouterr().out
+    assert "test mAP50" not in table_of(tmp_path / "runs" / "both")["tiny"]
+
+
+def test_a_block_that_breaks_costs_its_row(tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad, counted = model_yaml(tmp_path, name="good.yaml"), model_yaml(tmp_path, name="bad.yaml"), profile.count
+    monkeypatch.setattr(profile, "count", lambda model, imgsz: 1 / 0 if model.spec.origin == "bad.yaml" else counted(model, imgsz))
+    assert compare.main(["--cfg", str(bad), str(good), *flags[2:], "--noplots"]) == 1
+    table = table_of(tmp_path / "runs" / "both", "costs.csv")
+    assert "ZeroDivisionError" in table["bad"]["problem"] and table["good"]["PyTorch fp32 b1 p50 (ms)"]
+
+
 def test_costs_alone_need_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cfg = str(model_yaml(tmp_path))
     argv = ["--cfg", cfg, "--imgsz", "64", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1", "2"]
     assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "TorchScript"]) == 0
-    table = table_of(tmp_path / "costs")["tiny"]
+    table = table_of(tmp_path / "costs", "costs.csv")["tiny"]
     assert all(float(table[f"{runtime} b{batch} p50 (ms)"]) > 0 for runtime in ("PyTorch fp32", "TorchScript") for batch in (1, 2))
     assert not list((tmp_path / "costs").glob("*.png"))
     capfd.readouterr()

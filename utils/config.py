@@ -145,7 +145,8 @@ class CompareConfig(DataOptions, Common):
     cfg: tuple[str, ...] = option((), "model YAMLs, or patterns such as 'models/*.yaml'", nargs="+", type=str)
     weights: tuple[str, ...] = option((), "checkpoints to compare as they are", nargs="+", type=str)
     data: str = option("", "train and score on this data YAML, found as given or in data/; without it costs are measured only")
-    imgsz: int = option(DEFAULT_IMGSZ, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int | None = option(None, f"image size, pixels (default: that of --weights, else {DEFAULT_IMGSZ})", type=int, check=SIZE,
+                               aliases=("--img", "--img-size"))
     epochs: int = option(100, "passes over the training images, the same for each network", check=POSITIVE)
     budget_minutes: float = option(0.0, "train each network for so many minutes instead", check=NOT_NEGATIVE)
     seeds: tuple[int, ...] = option((0,), "train each network once with each seed", nargs="+", type=int, check=SEEDS)

@@ -90,12 +90,17 @@ def cpu_name() -> str:
         return "CPU"
 
 
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def machine(device: torch.device) -> str:
+    """The device, and a CPU's threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for logs and tables: the device, its threads and the precision."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {precision}, torch {torch.__version__}"
-    return f"{cpu_name()}, {torch.get_num_threads()} threads, {precision}, torch {torch.__version__}"
+    return f"{machine(device)}, {PRECISION[dtype]}, torch {torch.__version__}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -34,7 +34,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
         except UserError as error:
             line = str(error)
         except KeyboardInterrupt:
-            line = "interrupted: what was finished is whole on disk; a training goes on with --resume"
+            line = "interrupted: what was finished is whole on disk; train.py goes on with --resume, compare.py with the same command"
         except BrokenPipeError:  # `… | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

@@ -8,18 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from utils.compare.entrants import Entrant
+from utils.compare.entrants import Entrant, check_settings
 from utils.compare.report import write_report
 from utils.compare.rows import Profile, Row
 from utils.compare.runs import Run, plan_runs, train
 from utils.compare.scores import Score, scored
-from utils.config import CompareConfig
+from utils.config import CompareConfig, load_hyp
 from utils.data.labels import Split
 from utils.data.open import open_splits, val_loader
 from utils.data.spec import load_data_spec
-from utils.device import compute_dtype, describe, select_device
+from utils.device import compute_dtype, machine, select_device
 from utils.errors import UserError
 from utils.evaluate.validate import ValResult, check_classes, validate
+from utils.files import ROOT, find_file
 from utils.log import info, warn
 from utils.measure.runtimes import choose_runtimes
 
@@ -44,18 +45,36 @@ class Networks(Protocol):
 class Comparison:
     """`run()` does what is not done yet, and writes the report after each training, so that an interrupted one has a report too."""
 
-    def __init__(self, config: CompareConfig, entrants: Sequence[Entrant], folder: Path, networks: Networks) -> None:
-        self.config, self.folder, self.networks = config, folder, networks
+    def __init__(self, config: CompareConfig, entrants: Sequence[Entrant], networks: Networks) -> None:
+        """
+        Args:
+            config: with its image size.
+        """
+        self.config, self.networks = config, networks
+        self.folder = Path(config.project).expanduser() / config.name
         self.rows = {entrant.name: Row(entrant) for entrant in entrants}
         self.device = select_device(config.device)
         self.dtype = compute_dtype(config.precision, self.device)
         self.runtimes, self.remarks = choose_runtimes(config.runtimes)
-        self.splits: dict[str, Split] = {}
-        if config.data:
-            has_test = "test" in load_data_spec(config.data, config.data_root or None).splits
-            names = ("val", "test")[: 1 + has_test]
-            self.splits = dict(zip(names, open_splits(config, names), strict=True))
+        self.hyp = load_hyp(config.hyp)
+        self.splits = self._open_splits() if config.data else {}
         self.models = {}
+
+    def _open_splits(self) -> dict[str, Split]:
+        (val,) = open_splits(self.config, ("val",))
+        check_settings(self.folder, self.config, val.fingerprint)
+        splits = {"val": val}
+        if "test" in load_data_spec(self.config.data, self.config.data_root or None).splits:
+            try:
+                (test,) = open_splits(self.config, ("test",))
+            except UserError as error:
+                self.remarks.append(f"no scores on the test split: {error}")
+            else:
+                if test.report.boxes:
+                    splits["test"] = test
+                else:
+                    self.remarks.append("no scores on the test split: it has no labels")
+        return splits
 
     @property
     def failed(self) -> list[Row]:
@@ -63,10 +82,10 @@ class Comparison:
 
     def run(self) -> None:
         self.open()
+        self.measure()
         if self.config.data:
             self.score_checkpoints()
             self.train_all()
-        self.measure()
         self.report()
         if self.config.layers:
             self.measure_rows()
@@ -76,7 +95,7 @@ class Comparison:
         for name, row in self.rows.items():
             with _Blame(row):
                 names = self.splits["val"].names if self.splits else ()
-                model = self.networks.load(Path(row.entrant.weights)) if row.entrant.weights else self.networks.build(row.entrant.cfg, names)
+                model = self.networks.load(_weights(row)) if row.entrant.weights else self.networks.build(row.entrant.cfg, names)
                 row.profile = self.networks.count(model, model.whole_strides(self.config.imgsz))
                 self.models[name] = model
 
@@ -84,22 +103,27 @@ class Comparison:
         for name, row in self.rows.items():
             if name in self.models and row.entrant.weights:
                 with _Blame(row):
-                    row.scores[0] = self._scored(Path(row.entrant.weights), self.folder / "scores" / f"{name}.json")
+                    row.scores[0] = self._scored(_weights(row), self.folder / "scores" / f"{name}.json")
 
     def train_all(self) -> None:
-        """Train what is not trained to its end, and score each as it ends."""
-        runs = [run for run in plan_runs([row.entrant for row in self.rows.values()], self.config.seeds, self.folder)
-                if run.entrant.name in self.models]
-        for n, run in enumerate(runs):
-            row = self.rows[run.entrant.name]
-            with _Blame(row, f"seed {run.seed}: "):
-                if not run.is_finished():
-                    info(f"\ntraining {n + 1} of {len(runs)}: {run.entrant.name}, seed {run.seed} -> {run.folder}")
-                    train(run, self.config)
-                self._take(run, row)
-                self.report()
+        """Take what is trained to its end, train the rest, and score each as it ends."""
+        left = []
+        for run in plan_runs([self.rows[name].entrant for name in self.models], self.config.seeds, self.folder):
+            with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
+                if run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
+                    self._take(run)
+                else:
+                    left.append(run)
+        for n, run in enumerate(left):
+            with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
+                info(f"\ntraining {n + 1} of {len(left)}: {run.entrant.name}, seed {run.seed} -> {run.folder}")
+                train(run, self.config)
+                self._take(run)
+                if run is not left[-1]:
+                    self.report()
 
-    def _take(self, run: Run, row: Row) -> None:
+    def _take(self, run: Run) -> None:
+        row = self.rows[run.entrant.name]
         row.scores[run.seed] = self._scored(run.best, run.folder / "scores.json")
         history = run.history()
         row.minutes[run.seed] = sum(epoch["time_s"] for epoch in history) / 60
@@ -120,30 +144,41 @@ class Comparison:
 
     def measure(self) -> None:
         """Latency of all networks side by side."""
+        if not self.models:
+            return
         profiles = {name: self.rows[name].profile for name in self.models}
-        if self.models:
-            self.remarks += self.networks.measure_latencies(self.models, profiles, self.config.imgsz, self.runtimes, self.config.batches, self.device)
+        self.remarks += self.networks.measure_latencies(self.models, profiles, self.config.imgsz, self.runtimes, self.config.batches, self.device)
+        for name, profile in profiles.items():
+            self.rows[name].problems += profile.problems
 
     def measure_rows(self) -> None:
         """What each row of each network costs."""
         for name, model in self.models.items():
-            out = None if self.config.noplots else self.folder / f"layers-{name}.png"
-            info(f"\n{name}\n{self.networks.draw_rows(model, model.whole_strides(self.config.imgsz), self.device, self.dtype, out)}")
+            with _Blame(self.rows[name]):
+                out = None if self.config.noplots else self.folder / f"layers-{name}.png"
+                info(f"\n{name}\n{self.networks.draw_rows(model, model.whole_strides(self.config.imgsz), self.device, self.dtype, out)}")
 
     def report(self) -> None:
         """Tables and pictures of what is known by now."""
         config = self.config
-        notes = [f"costs at {config.imgsz} px, batch norm folded away, on {describe(self.device, self.dtype)}",
-                 "measured in " + "; ".join(runtime.describe() for runtime in self.runtimes)]
+        notes = [f"costs at {config.imgsz} px on {machine(self.device)}: parameters, GFLOPs and file as trained; "
+                 "memory and latency with branches merged and batch norm folded"]
+        notes += [f"latency: {'; '.join(runtime.describe() for runtime in self.runtimes)}"] * bool(self.runtimes)
         if config.data:
             length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
             seeds = " ".join(map(str, config.seeds))
             notes.append(f"{config.data}, {config.imgsz} px, {length}, batch {config.batch_size}, seeds {seeds}; mAP is COCO's")
-        write_report(self.folder, list(self.rows.values()), self.splits, notes + self.remarks, pictures=not config.noplots)
+        # Another name without scores: these stay where they are when only costs are asked for.
+        write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, notes + self.remarks,
+                     pictures=not config.noplots)
+
+
+def _weights(row: Row) -> Path:
+    return find_file(row.entrant.weights, [ROOT], "weights file")
 
 
 class _Blame:
-    """Puts a UserError of its block on a network's row, and goes on."""
+    """Puts what goes wrong in its block on a network's row, and goes on: a user's own block, another library or memory may fail in any way."""
 
     def __init__(self, row: Row, prefix: str = "") -> None:
         self.row, self.prefix = row, prefix
@@ -152,8 +187,9 @@ class _Blame:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, UserError):
-            self.row.problems.append(f"{self.prefix}{error}")
+        if isinstance(error, Exception):
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.row.problems.append(f"{self.prefix}{UserError(f'{kind}{error}')}")
             warn(f"{self.row.entrant.name}: {self.row.problems[-1]}; the others go on")
             return True
         return False

@@ -4,14 +4,17 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from utils.config import CompareConfig
+from utils.checkpoint import load_checkpoint
+from utils.config import DEFAULT_IMGSZ, CompareConfig
+from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml, write_yaml
 
-_DECISIVE = ("data", "imgsz", "epochs", "budget_minutes", "batch_size", "hyp", "single_cls", "precision")  # what the scores depend on
+_DECISIVE = ("imgsz", "epochs", "budget_minutes", "batch_size", "single_cls", "precision")  # what the scores depend on, besides data and hyp
 
 
 class Entrant(NamedTuple):
@@ -32,7 +35,7 @@ def find_entrants(cfgs: Sequence[str], weights: Sequence[str]) -> list[Entrant]:
     checkpoints = list(dict.fromkeys(file for pattern in weights for file in _expand(pattern)))
     entrants = [Entrant(Path(file).stem, cfg=file) for file in files] + [Entrant(_name_of(Path(file)), weights=file) for file in checkpoints]
     if not entrants:
-        raise UserError("name the networks: --cfg yolov5s.yaml yolov5s-ghost.yaml, or trained ones: --weights a/best.pt b/best.pt")
+        raise UserError("name the networks: --cfg yolov5s.yaml yolov5s-ghost.yaml, or trained ones: --weights runs/train/exp/weights/best.pt")
     for name, count in Counter(e.name for e in entrants).items():
         if count > 1:
             both = " and ".join(e.cfg or e.weights for e in entrants if e.name == name)
@@ -51,30 +54,47 @@ def _expand(pattern: str) -> list[str]:
 
 def _name_of(weights: Path) -> str:
     """A run's name for its weights/best.pt, else the file's."""
-    run = weights.absolute().parents[1].name
-    return run if weights.stem in ("best", "last") and weights.parent.name == "weights" else weights.stem
+    if weights.stem not in ("best", "last"):
+        return weights.stem
+    folder = weights.absolute().parent
+    return folder.parent.name if folder.name == "weights" else folder.name
 
 
-def open_folder(config: CompareConfig) -> Path:
-    """The comparison's folder, new or gone on with.
+def image_size(config: CompareConfig, entrants: Sequence[Entrant]) -> int:
+    """As asked for, else the size that the checkpoints were trained at, else the default.
 
     Raises:
-        UserError: it holds a comparison with other settings; they are named.
+        UserError: checkpoints of several sizes.
     """
-    folder = Path(config.project).expanduser() / config.name
+    if config.imgsz:
+        return config.imgsz
+    sizes = {}
+    for entrant in entrants:
+        with suppress(UserError):  # it will cost the row of the checkpoint
+            sizes |= {size: entrant.weights for size in (load_checkpoint(entrant.weights).imgsz,) if size} if entrant.weights else {}
+    if len(sizes) > 1:
+        trained = " and ".join(f"{weights} at {size}" for size, weights in sizes.items())
+        raise UserError(f"trained at several sizes, {trained} pixels: give one --imgsz for all")
+    return next(iter(sizes), DEFAULT_IMGSZ)
+
+
+def check_settings(folder: Path, config: CompareConfig, fingerprint: str) -> None:
+    """Note what the scores depend on in a new comparison's folder; in an old one it must be the same.
+
+    Args:
+        fingerprint: of the data.
+
+    Raises:
+        UserError: the folder holds a comparison with other settings; they are named.
+    """
     settings = {name: getattr(config, name) for name in _DECISIVE}
+    settings |= {"data": find_data_yaml(config.data).name, "fingerprint": fingerprint}
     path = folder / "settings.yaml"
-    if path.exists():
-        _check_same(read_yaml(path), settings, folder)
-    elif config.data:
+    if not path.exists():
         write_yaml(path, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    if not new["data"]:
-        return  # only measured this time: nothing is trained or scored
-    differing = [f"--{name.replace('_', '-')} {old.get(name)}" for name in _DECISIVE if old.get(name) != new[name]]
-    if differing:
-        raise UserError(f"{folder}: holds a comparison with {' '.join(differing)}: repeat these to go on with it, or give another --name")
+        return
+    old = read_yaml(path)
+    if differing := [name for name in settings if old.get(name) != settings[name]]:
+        flags = " ".join(f"--{name.replace('_', '-')} {old.get(name)}" for name in differing if name != "fingerprint")
+        raise UserError(f"{folder}: holds a comparison {f'with {flags}' if flags else 'on other images or labels'}: "
+                        f"{'repeat these to go on with it, or ' if flags else ''}give another --name")

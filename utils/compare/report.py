@@ -8,26 +8,25 @@ import numpy as np
 
 from utils.compare.rows import Row, columns_of, mean_and_std, spearman
 from utils.compare.scores import sheet_images
-from utils.compare.table import as_text, write_tables
+from utils.compare.table import as_text, problem_lines, write_class_ap, write_tables
 from utils.data.images import ImageError, read_image
 from utils.data.labels import Split
 from utils.draw import Tile, image_grid, palette
 from utils.evaluate.validate import truth_of
 from utils.log import info
-from utils.measure.timing import Latency
 from utils.plots.comparison import Point, plot_class_ap, plot_learning, plot_pareto
 
-_LARGEST_SHEET_PX = 3000
+_LINE_PX = 300  # of the sheet, for each network
 
 
-def write_report(folder: Path, rows: Sequence[Row], splits: Mapping[str, Split], notes: Sequence[str], pictures: bool = True) -> None:
-    """compare.csv, compare.md, compare.tex and the pictures, by measured latency, the fastest first."""
-    measured = list(dict.fromkeys(key for row in rows if row.profile for key, value in row.profile.latency.items() if isinstance(value, Latency)))
+def write_report(folder: Path, name: str, rows: Sequence[Row], splits: Mapping[str, Split], notes: Sequence[str], pictures: bool = True) -> None:
+    """NAME.csv, NAME.md, NAME.tex and the pictures, by measured latency, the fastest first."""
+    measured = list(dict.fromkeys(key for row in rows if row.profile for key in row.profile.latency))
     rows = sorted(rows, key=lambda row: (bool(row.problems) and not row.scores, _latency(row, measured)))
     columns = columns_of(rows, list(splits), measured)
     notes = [*notes, *rank_notes(rows, measured)]
-    write_tables(folder, rows, columns, notes)
-    info(f"\n{as_text(rows, columns)}\n" + "\n".join(notes))
+    write_tables(folder / name, rows, columns, notes)
+    info(f"\n{as_text(rows, columns)}\n" + "\n".join([*problem_lines(rows), *notes]))
     if pictures:
         _draw(folder, rows, splits, measured)
 
@@ -61,9 +60,9 @@ def _draw(folder: Path, rows: Sequence[Row], splits: Mapping[str, Split], measur
         minutes = {name: [(seed[:, 1].cumsum() / 60, seed[:, 2]) for seed in seeds] for name, seeds in learnt.items()}
         plot_learning(minutes, "minutes of training", folder / "learning_by_time.png")
     if scored:
-        ap = np.array([np.nanmean([[np.nan if v is None else v for v in of[split].class_ap] for of in row.scores.values() if split in of], 0)
-                       for row in scored])
-        plot_class_ap([row.entrant.name for row in scored], splits[split].names, ap, f"{split} AP50-95 by class", folder / "class_ap.png")
+        names, ap = [row.entrant.name for row in scored], np.array([row.class_ap(split) for row in scored])
+        write_class_ap(folder / "class_ap.csv", names, splits[split].names, ap)
+        plot_class_ap(names, splits[split].names, ap, f"{split} AP50-95 by class", folder / "class_ap.png")
         _draw_sheet(folder / "sheet.jpg", scored, splits[split], split)
 
 
@@ -97,4 +96,4 @@ def _draw_sheet(out: Path, rows: Sequence[Row], split: Split, name: str) -> None
         for image, boxes in zip(images, score.sheet, strict=True):
             found = np.array(boxes).reshape(-1, 6)
             tiles.append(Tile(image, found[:, :4], [f"{conf:.2f}" for conf in found[:, 4]], [palette(int(c)) for c in found[:, 5]], row.entrant.name))
-    image_grid(tiles, out, columns=len(images), max_tiles=len(tiles), max_size=_LARGEST_SHEET_PX)
+    image_grid(tiles, out, columns=len(images), max_tiles=len(tiles), max_size=max(_LINE_PX * (len(rows) + 1), 2000))

@@ -14,17 +14,18 @@ from utils.measure.timing import Latency
 
 @dataclass
 class Profile:
-    """What a network costs. `latency` has an entry for each (runtime, batch size) tried: a measurement, or why there is none."""
+    """What a network costs; `latency` by runtime and batch size, where it ran."""
 
     parameters: int
     gflops: float
     file_mb: float  # of a checkpoint for inference
     memory_mb: float  # weights, and the most that one image's activations take
-    latency: dict[tuple[str, int], Latency | str] = field(default_factory=dict)
+    latency: dict[tuple[str, int], Latency] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # where it did not run, and why
 
     def p50(self, runtime: str, batch: int = 1) -> float | None:
         value = self.latency.get((runtime, batch))
-        return value.p50_ms if isinstance(value, Latency) else None
+        return value.p50_ms if value else None
 
 
 @dataclass
@@ -41,6 +42,10 @@ class Row:
     def metric(self, split: str, name: str) -> tuple[float, ...]:
         """One value for each seed that is scored."""
         return tuple(of[split].metrics[name] for of in self.scores.values() if split in of)
+
+    def class_ap(self, split: str) -> np.ndarray:
+        """(C,) mean over seeds; nan of a class that the split has none of."""
+        return np.array([of[split].class_ap for of in self.scores.values() if split in of], float).mean(0)  # None becomes nan
 
 
 class Column(NamedTuple):
@@ -60,7 +65,7 @@ def columns_of(rows: Sequence[Row], splits: Sequence[str], latencies: Sequence[t
 
     def latency(key: tuple[str, int], part: str) -> list[tuple[float, ...]]:
         found = [row.profile.latency.get(key) if row.profile else None for row in rows]
-        return [(getattr(value, f"{part}_ms"),) if isinstance(value, Latency) else () for value in found]
+        return [(getattr(value, f"{part}_ms"),) if value else () for value in found]
 
     columns = [Column("params (M)", 2, cost("parameters", 1e6)), Column("GFLOPs", 1, cost("gflops")), Column("file (MB)", 1, cost("file_mb")),
                Column("memory (MB)", 0, cost("memory_mb"))]

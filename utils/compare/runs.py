@@ -2,19 +2,23 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.checkpoint import load_checkpoint
 from utils.compare.entrants import Entrant
-from utils.config import CompareConfig
+from utils.config import CompareConfig, Hyp
 from utils.errors import UserError
 from utils.files import ROOT
 
 _ENDLESS = 100_000  # epochs, where time is the limit
-_PASSED_ON = ("data", "imgsz", "batch_size", "hyp", "workers", "precision", "device", "plugin", "data_root")
+_ANEW = ("device", "workers", "data_root")  # what may differ from sitting to sitting
+_PASSED_ON = ("data", "imgsz", "batch_size", "hyp", "precision", "plugin", *_ANEW)
 
 
 class Run(NamedTuple):
@@ -32,15 +36,25 @@ class Run(NamedTuple):
     def best(self) -> Path:
         return self.folder / "weights" / "best.pt"
 
-    def is_finished(self) -> bool:
+    def is_finished(self, spec: Mapping[str, Any], hyp: Hyp) -> bool:
         """Trained to the end; a run that never wrote last.pt is not.
 
+        Args:
+            spec: the network that it must be of.
+
         Raises:
-            UserError: last.pt can't be read.
+            UserError: last.pt can't be read, or is of another network or of other hyperparameters.
         """
-        if not (self.last.exists() and self.best.exists()):
+        if not self.last.exists():
             return False
-        return bool((load_checkpoint(self.last).training or {}).get("finished"))
+        checkpoint = load_checkpoint(self.last)
+        state = checkpoint.training or {}
+        other = [what for what, same in (("network", _rows(checkpoint.spec) == _rows(spec)), ("hyperparameters", state.get("hyp") == asdict(hyp)))
+                 if not same]
+        if other:
+            raise UserError(f"{self.folder}: was trained with other {' and '.join(other)} of the same name: "
+                            "remove that folder, or give another --name")
+        return bool(state.get("finished")) and self.best.exists()
 
     def history(self) -> list[dict[str, float]]:
         """The rows of results.csv: numbers by column."""
@@ -74,16 +88,25 @@ def train(run: Run, config: CompareConfig) -> None:
         raise
     if process.wait():
         lines = tail.decode(errors="replace").replace("\r", "\n").strip().splitlines()
-        raise UserError(lines[-1].removeprefix("error: ") if lines else f"the training ended with exit code {process.returncode}")
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        code = process.returncode
+        ended = f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}" if code < 0 else f"ended with exit code {code}"
+        raise UserError(said[-1] if said else f"the training was {ended}" if code < 0 else f"the training {ended}: {' '.join(lines[-1:])}")
 
 
 def command(run: Run, config: CompareConfig) -> list[str]:
     """train.py's arguments."""
     if run.last.exists():
-        return ["--resume", str(run.last)]
+        return ["--resume", str(run.last), *_flags(config, _ANEW)]
     words = ["--cfg", run.entrant.cfg, "--seed", str(run.seed), "--project", str(run.folder.parent), "--name", run.folder.name, "--exist-ok"]
     words += ["--epochs", str(_ENDLESS if config.budget_minutes else config.epochs), "--time-limit", str(config.budget_minutes), "--patience", "0"]
-    for name in _PASSED_ON:
-        if (value := getattr(config, name)) != "":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words + ["--single-cls"] * config.single_cls + ["--noplots"] * config.noplots
+    return words + _flags(config, _PASSED_ON) + ["--single-cls"] * config.single_cls + ["--noplots"] * config.noplots
+
+
+def _flags(config: CompareConfig, names: Sequence[str]) -> list[str]:
+    return [word for name in names if (value := getattr(config, name)) != "" for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _rows(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes it this network; anchors are fitted to the data when a training begins."""
+    return {key: spec.get(key) for key in ("nc", "depth_multiple", "width_multiple", "activation", "backbone", "head")}

@@ -1,10 +1,12 @@
-"""A comparison as compare.csv, compare.md and compare.tex."""
+"""A comparison as a spreadsheet, in Markdown, in LaTeX and for the terminal."""
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from utils.compare.rows import Column, Row, mean_and_std
 from utils.files import atomic_write
@@ -20,12 +22,23 @@ def text_of(values: Sequence[float], digits: int, plus_minus: str = "±") -> str
     return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} {plus_minus} {std:.{digits}f}"
 
 
-def write_tables(folder: Path, rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]) -> None:
-    """The three files; `notes` (machine, settings, how it was measured) stand below the Markdown table and above LaTeX's as comments."""
-    for name, text in (("compare.csv", as_csv(rows, columns)), ("compare.md", as_markdown(rows, columns, notes)),
-                       ("compare.tex", as_latex(rows, columns, notes))):
-        with atomic_write(folder / name) as temporary:
+def write_tables(path: Path, rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]) -> None:
+    """`path` with three endings; `notes` (machine, settings, how it was measured) stand below the Markdown table and above LaTeX's as comments."""
+    for ending, text in ((".csv", as_csv(rows, columns)), (".md", as_markdown(rows, columns, notes)), (".tex", as_latex(rows, columns, notes))):
+        with atomic_write(path.with_name(path.name + ending)) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_class_ap(path: Path, networks: Sequence[str], classes: Sequence[str], ap: np.ndarray) -> None:
+    """mAP50-95 of each class (column) by each network (row); empty where the split has none of it."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["network", *classes])
+        writer.writerows([name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)] for name, values in zip(networks, ap, strict=True))
+
+
+def problem_lines(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.entrant.name}: {problem}" for row in rows for problem in row.problems]
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -48,13 +61,12 @@ def as_markdown(rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[
     lines = ["| network | " + " | ".join(column.title for column in columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {row.entrant.name} | " + " | ".join(text_of(column.values[n], column.digits) for column in columns) + " |"
               for n, row in enumerate(rows)]
-    problems = [f"- **{row.entrant.name}**: {problem}" for row in rows for problem in row.problems]
-    return "\n".join([*lines, "", *(["Left out:", "", *problems, ""] if problems else []), *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- **{line}**" for line in problem_lines(rows)), *(f"- {note}" for note in notes)]) + "\n"
 
 
 def as_latex(rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]) -> str:
     """For the booktabs package."""
-    lines = [*(f"% {note}" for note in notes), rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+    lines = [*(f"% {line}" for line in (*problem_lines(rows), *notes)), rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(["network", *(column.title.translate(_TEX) for column in columns)]) + r" \\", r"\midrule"]
     for n, row in enumerate(rows):
         cells = [text_of(column.values[n], column.digits, r"$\pm$").replace("–", "--") for column in columns]

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from utils.device import autocast, cpu_has_native_bf16
+from utils.device import PRECISION, autocast, cpu_has_native_bf16
 from utils.errors import UserError
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
@@ -44,13 +44,18 @@ class Runtime:
         absent = [package for package in self.packages if not is_installed(package)]
         if absent:
             return f"{self.name}: pip install {' '.join(absent)}"
+        try:
+            for package in self.packages:
+                import_extra(package)
+        except Exception as error:  # of an install that is broken: of any kind
+            return f"{self.name}: does not start: {textwrap.shorten(f'{type(error).__name__}: {error}', _LONGEST_REASON, placeholder=' …')}"
         if self.dtype == torch.bfloat16 and not asked and not torch.cuda.is_available() and not cpu_has_native_bf16():
             return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
         return None
 
     def describe(self) -> str:
         """One line for tables, where nothing is missing: its name, version, precision and threads."""
-        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        precision = PRECISION[self.dtype]
         release = import_extra(self.packages[-1] if self.packages else "torch").__version__.partition("-")[0]
         return f"{self.name.removesuffix(f' {precision}')} {release}, {precision}, {torch.get_num_threads()} threads"
 
