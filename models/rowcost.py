@@ -14,7 +14,7 @@ from models.build import inputs_of
 from models.spec import IMAGE
 from models.summary import count_macs, count_parameters
 from models.yolo import DetectionModel
-from utils.device import autocast
+from utils.measure.runtimes import pytorch_run
 from utils.measure.timing import Latency, reference_convolution, time_interleaved
 
 
@@ -53,18 +53,11 @@ def row_costs(
         rounds: forward passes, 3 or more; fewer where `budget_s` seconds are over.
     """
     network = model.fused().to(device, memory_format=torch.channels_last)
-    image = torch.full((1, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
     now = _clock_after_work(device, clock)
     seconds: list[list[float]] = [[] for _ in network.model]
     for module, taken in zip(network.model, seconds, strict=True):
         _time_calls(module, taken, now)
-
-    @torch.inference_mode()
-    def run() -> None:
-        with autocast(device, dtype):
-            network(image)
-        now()
-
+    run = pytorch_run(network, torch.full((1, 3, imgsz, imgsz), 0.5, device=device), dtype)
     timings = time_interleaved({"network": run}, rounds, budget_s=budget_s, reference=reference_convolution(device), clock=clock, title="rows")
     whole = timings.latencies["network"]
     ms = [Latency.of(taken[-whole.runs :]).p50_ms for taken in seconds]  # the first ones were the warm-up's

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +19,13 @@ from models.plugin import load_plugin
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.config import Parser
-from utils.device import autocast, compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
+from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
 from utils.errors import UserError, script
 from utils.log import info
+from utils.measure.runtimes import pytorch_run
+from utils.measure.timing import reference_convolution, time_interleaved
 
-_TIMED_RUNS = 7
-_TIME_LIMIT_S = 4.0
+_ROUNDS, _BUDGET_S = 7, 4.0
 
 
 class Cost(NamedTuple):
@@ -35,7 +35,8 @@ class Cost(NamedTuple):
     parameters: int
     gradients: int  # parameters that train
     gflops: float  # 2 x MACs of one image
-    latency_ms: float | None  # median of one fused image, None if not measured
+    latency_ms: float  # median of one fused image
+    remark: str  # what a reader must know of the machine; empty where it was quiet
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -88,29 +89,13 @@ class _Products(TorchFunctionMode):
         return result
 
 
-@torch.inference_mode()
-def measure_latency_ms(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Median over a few forward passes of one image through the fused network, channels last, after a warm-up."""
-    network = model.fused().to(device, memory_format=torch.channels_last)
-    image = torch.full((1, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
-    times, start = [], time.perf_counter()
-    with autocast(device, dtype):
-        for _ in range(_TIMED_RUNS + 2):
-            began = time.perf_counter()
-            network(image)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
-            if time.perf_counter() - start > _TIME_LIMIT_S:
-                break
-    timed = sorted(times[2:] or times)
-    return timed[len(timed) // 2] * 1e3
-
-
 def measure_cost(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype) -> Cost:
+    network = model.fused().to(device, memory_format=torch.channels_last)
+    run = pytorch_run(network, torch.full((1, 3, imgsz, imgsz), 0.5, device=device), dtype)
+    timings = time_interleaved({"network": run}, _ROUNDS, budget_s=_BUDGET_S, reference=reference_convolution(device), title="latency")
     leaves = sum(1 for module in model.modules() if not any(module.children()))
     gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Cost(leaves, count_parameters(model), gradients, count_gflops(model, imgsz), measure_latency_ms(model, imgsz, device, dtype))
+    return Cost(leaves, count_parameters(model), gradients, count_gflops(model, imgsz), timings.latencies["network"].p50_ms, timings.remark)
 
 
 def layer_table(model: DetectionModel) -> str:
@@ -132,7 +117,7 @@ def print_summary(model: DetectionModel, imgsz: int, device: torch.device, dtype
     cost = measure_cost(model, imgsz, device, dtype)
     info(f"{model.spec.origin}: {cost.layers} layers, {cost.parameters:,} parameters, {cost.gradients:,} trained, "
          f"{cost.gflops:.1f} GFLOPs at {imgsz} px, {cost.latency_ms:.1f} ms an image, peak memory {peak_memory_bytes(device) / 2**30:.2f} GB")
-    info(f"  measured fused, batch 1, on {describe(device, dtype)}")
+    info(f"  measured fused, batch 1, on {describe(device, dtype)}{f'; {cost.remark}' if cost.remark else ''}")
     return cost
 
 

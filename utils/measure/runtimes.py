@@ -103,7 +103,8 @@ def _key(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-def _pytorch(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+def pytorch_run(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+    """Eager PyTorch, images channels-last; it did not run yet."""
     images = images.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -231,8 +232,8 @@ def _no_stdout() -> Iterator[None]:
 
 
 RUNTIMES = (
-    Runtime("PyTorch fp32", functools.partial(_pytorch, dtype=torch.float32)),
-    Runtime("PyTorch bf16", functools.partial(_pytorch, dtype=torch.bfloat16), dtype=torch.bfloat16),
+    Runtime("PyTorch fp32", functools.partial(pytorch_run, dtype=torch.float32)),
+    Runtime("PyTorch bf16", functools.partial(pytorch_run, dtype=torch.bfloat16), dtype=torch.bfloat16),
     Runtime("TorchScript", _torchscript),
     Runtime("ONNX Runtime", _onnxruntime, ("onnx", "onnxruntime")),
     Runtime("OpenVINO", _openvino, ("openvino",)),
