@@ -22,6 +22,8 @@ from utils.log import is_main_process, warn
 from utils.network import Network, infer, inference_threads
 from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
+_AT_ONCE = 2  # images that a CPU thread takes together
+
 
 class Speed(NamedTuple):
     """Milliseconds an image."""
@@ -77,7 +79,9 @@ def validate(
     with inference_threads(device) as (pool, workers):
         for batch in tqdm(loader, desc="val", leave=False, dynamic_ncols=True, disable=not is_main_process()):
             load += time.perf_counter() - end
-            shares += pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, workers))
+            # A loss is a mean over a share's boxes, so that shares must not be small; without one, small shares keep a CPU's caches warm.
+            parts = workers if criterion or workers == 1 else -(-len(batch.indices) // _AT_ONCE)
+            shares += pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, parts))
             indices.extend(batch.indices)
             end = time.perf_counter()
     detections = [found for share in shares for found in share.detections]
