@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import models.common  # noqa: F401  (registers the blocks)
 from models.activations import parse_activation
-from models.layers import Conv
+from models.layers import Conv, slice_strided
 from models.plugin import plugin_line
 from models.registry import Block, Scale, Width, find_block
 from models.spec import IMAGE, LayerSpec, ModelSpec
@@ -51,6 +51,7 @@ def build_rows(spec: ModelSpec) -> Rows:
             raise UserError(f"{layer.place}: {parameters:,} parameters up to here are beyond every machine; is a number in {list(layer.args)} "
                             "mistyped?")
         module, width = _build_row(layer, widths, scale)
+        slice_strided(module)
         if not find_block(layer.module).foreign:
             _settle(module.modules(), act)
         kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)

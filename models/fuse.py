@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from models.layers import SlicedConv2d
+
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # timm's, known by name as timm may be absent: a convolution that pads by its input's size, and norms with what follows them as children.
@@ -47,7 +49,7 @@ def _reparameterize(module: nn.Module) -> None:
 def _is_foldable(module: nn.Module) -> bool:
     """Exactly PyTorch's convolutions: a class derived from them, such as one that computes its weight, may do something else with it."""
     kind = type(module)
-    return kind is nn.Conv2d or kind.__name__ == _TIMM_CONV or (kind is nn.ConvTranspose2d and module.groups == 1)
+    return kind in (nn.Conv2d, SlicedConv2d) or kind.__name__ == _TIMM_CONV or (kind is nn.ConvTranspose2d and module.groups == 1)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.registry import Scale, Wiring, equal_widths, keep_width, one_input, over_width, register, sum_widths, to_width
 
@@ -25,6 +26,23 @@ def activation(act: bool | nn.Module) -> nn.Module:
     if act not in (True, False):
         raise TypeError(f"act must be true or false, not {act!r}; for all layers of a network the YAML's 'activation:' names another one")
     return nn.SiLU(inplace=True) if act else nn.Identity()
+
+
+class SlicedConv2d(nn.Conv2d):
+    """A 1x1 convolution of stride s, as one of stride 1 on every s-th pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias, groups=self.groups)
+
+
+def slice_strided(module: nn.Module) -> None:
+    """Make strided 1x1 convolutions of few channels, such as an image's, sliced ones, in place.
+
+    On a CPU, in fp32 and channels last, oneDNN's gradient of them overruns its buffer and kills the process (uxlfoundation/oneDNN issue 6035).
+    """
+    for conv in module.modules():
+        if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and max(conv.stride) > 1 and conv.padding == (0, 0) and conv.in_channels < 8:
+            conv.__class__ = SlicedConv2d  # the same parameters under the same names
 
 
 @register("Conv", channels=to_width)

@@ -47,17 +47,14 @@ class RepVGGBlock(nn.Module):
         super().__init__()
         check_bneck(3, s)
         self.conv_kxk = Conv(c1, c2, 3, s, act=False)
-        # Of stride 1 on every s-th pixel: oneDNN's gradient of a strided 1x1 with fewer than 8 channels last, such as an image's, overruns its
-        # buffer (uxlfoundation/oneDNN issue 6035).
-        self.s = s
-        self.conv_1x1 = Conv(c1, c2, 1, act=False)
+        self.conv_1x1 = Conv(c1, c2, 1, s, act=False)
         self.identity = nn.BatchNorm2d(c1) if s == 1 and c1 == c2 else None
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_kxk(x)
         if self.conv_1x1 is not None:
-            y = y + self.conv_1x1(x[..., :: self.s, :: self.s])
+            y = y + self.conv_1x1(x)
         if self.identity is not None:
             y = y + self.identity(x)
         return self.act(y)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from models import common
 from models.registry import Wiring, block_names, find_block
 from models.shuffle import shuffle_join
+from utils.files import ROOT
 
 SIZE = 16
 # name -> (input channels, YAML args, expected (C, H, W) of inputs 16 px wide at width multiple 1)
@@ -306,3 +309,21 @@ def bare(convolutions: list[str], norms: list[str]) -> set[str]:
 ], ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "")  # fmt: skip
 def test_state_dict_keys_are_the_published_ones(module, keys):
     assert set(module.state_dict()) == keys
+
+
+def test_a_strided_1x1_of_the_image_learns_on_a_cpu():
+    """In a process of its own: what is guarded against kills it."""
+    code = """
+import torch
+from models.layers import Conv, slice_strided
+conv = Conv(3, 48, 1, 2)
+slice_strided(conv)
+conv.to(memory_format=torch.channels_last)
+plain = torch.nn.functional.conv2d(torch.ones(2, 3, 64, 64), conv.conv.weight, stride=2)
+torch.testing.assert_close(conv.conv(torch.ones(2, 3, 64, 64)), plain)
+for _ in range(5):
+    conv(torch.rand(2, 3, 128, 128).contiguous(memory_format=torch.channels_last)).sum().backward()
+print("alive", conv.conv.weight.grad.isfinite().all().item(), list(conv.state_dict()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("alive True ['conv.weight'"), done.stderr
