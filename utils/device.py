@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.log import warn
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
 
 
 def select_device(name: str = "") -> torch.device:
@@ -75,8 +75,8 @@ def keep_freed_memory() -> None:
         return
     try:
         libc = ctypes.CDLL("libc.so.6")
-        # The largest values that mallopt's int takes; a threshold above every tensor's size.
-        for option, value in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20)):
+        # The largest values that mallopt's int takes; a threshold above every tensor's size. One arena, so that a thread's freed blocks serve all.
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20)):
             libc.mallopt(option, value)
     except (OSError, AttributeError):
         return  # another libc (musl): nothing to set
