@@ -82,10 +82,10 @@ class Comparison:
 
     def run(self) -> None:
         self.open()
-        self.measure()
         if self.config.data:
             self.score_checkpoints()
             self.train_all()
+        self.measure()  # last: loader workers must not be forked from a process in which other runtimes have started their threads
         self.report()
         if self.config.layers:
             self.measure_rows()
@@ -119,8 +119,7 @@ class Comparison:
                 info(f"\ntraining {n + 1} of {len(left)}: {run.entrant.name}, seed {run.seed} -> {run.folder}")
                 train(run, self.config)
                 self._take(run)
-                if run is not left[-1]:
-                    self.report()
+                self.report()
 
     def _take(self, run: Run) -> None:
         row = self.rows[run.entrant.name]
