@@ -40,7 +40,7 @@ def check(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     model = DetectionModel(load_spec(f"{name}.yaml", len(CLASSES)), CLASSES).to(memory_format=torch.channels_last)
     losses = learn(model.train())
-    assert min(losses[-3:]) < 0.95 * losses[0], losses
+    assert min(losses[-3:]) < 0.98 * losses[0], losses
 
     save_checkpoint(folder / "net.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())))
     loaded = load_model(str(folder / "net.pt"))
