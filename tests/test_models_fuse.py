@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transplant import lived_in
 
 from models.fuse import fuse
 from models.spec import load_spec
@@ -17,17 +18,6 @@ from models.yolo import DetectionModel
 FAMILIES = ["yolov5n.yaml", "yolov5n-ghost.yaml", "yolov5s-ghostnet.yaml", "yolov5s-shuffle.yaml", "yolov5s-shuffle-c3.yaml", "yolov3-tiny.yaml",
             "yolov5s-transformer.yaml", "yolov5n6.yaml", "yolov5s-timm-lcnet100.yaml", "yolov5s-timm-fastvit-t8.yaml",
             "yolov5s-torchvision-mobilenetv3-small.yaml"]  # fmt: skip
-
-
-def lived_in(model: nn.Module) -> nn.Module:
-    """Batch norms as after a training, so that folding matters."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.weight, 0.7, 1.3), (module.bias, -0.2, 0.2), (module.running_mean, -0.3, 0.3),
-            (module.running_var, 0.6, 1.6)):
-                tensor.data.uniform_(low, high, generator=generator)
-    return model
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -42,7 +32,7 @@ def assert_same(a: list[Tensor] | Tensor, b: list[Tensor] | Tensor) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_stay_and_no_norm_is_left(name):
     torch.manual_seed(0)
-    model = lived_in(DetectionModel(load_spec(name, nc=3)))
+    model = lived_in(DetectionModel(load_spec(name, nc=3))).train()
     for level in model.head.m:
         level.bias.data.zero_()  # so large that they would hide differences
     assert len(norms(model)) > 10 and model.training
@@ -59,7 +49,7 @@ def test_outputs_stay_and_no_norm_is_left(name):
 
 
 def test_random_numbers_are_left_alone():
-    model = lived_in(DetectionModel(load_spec("yolov5n.yaml", nc=2)))
+    model = lived_in(DetectionModel(load_spec("yolov5n.yaml", nc=2))).train()
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     model.fused()
     assert torch.equal(states[0], torch.get_rng_state()) and states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
@@ -239,7 +229,7 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("block", [Branches, Around])
 def test_branches_are_merged_before_norms_are_folded(block):
-    model = lived_in(nn.Sequential(nn.Sequential(block(), nn.BatchNorm2d(8)))).eval()
+    model = lived_in(nn.Sequential(nn.Sequential(block(), nn.BatchNorm2d(8))))
     fused = fuse(model)
     assert norms(fused) == [] and sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 2
@@ -254,7 +244,7 @@ def test_branches_are_merged_before_norms_are_folded(block):
 @torch.no_grad()
 def test_timms_networks_fold(name, convolutions):
     """Its own branches, its batch norms with activations, its convolutions that pad by themselves. The papers' count of convolutions is left."""
-    backbone = lived_in(Timm(name)).eval()
+    backbone = lived_in(Timm(name))
     fused = fuse(backbone)
     assert norms(fused) == [] and len(norms(backbone)) > 10
     assert convolutions in (None, sum(isinstance(m, nn.Conv2d) for m in fused.modules()))
