@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import Scale, Wiring, register
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import ROOT, find_file
 from utils.log import info
 
@@ -146,7 +146,3 @@ def check_weights(path: Path, name: str, weights: Mapping[str, Tensor], needed: 
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault}, first {keys[0]}" for fault, keys in faults.items() if keys)
         raise UserError(f"{path}: its tensors are not those of {name}: {listed}")
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

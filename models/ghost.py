@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.bneck import bneck_of_4, check_bneck, to_width_of_4
 from models.csp import CSPStage
-from models.layers import SE, Conv, DWConv, Size, same_padding
+from models.layers import SE, Conv, DWConv, conv_bn, same_padding
 from models.registry import register, to_width
 
 MakeModule = Callable[[int, int], nn.Module]  # of input and output channels
@@ -96,19 +96,14 @@ class GhostModule(nn.Module):
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, relu: bool = True, ratio: int = 2, dw_size: int = 3) -> None:
         super().__init__()
         primary, cheap = ghost_widths(c2, ratio)
+        act = nn.ReLU if relu else None
         self.c2 = c2
-        self.primary_conv = conv_bn(c1, primary, k, s, 1, relu)
-        self.cheap_operation = conv_bn(primary, cheap, dw_size, 1, primary, relu)
+        self.primary_conv = conv_bn(c1, primary, k, s, act=act)
+        self.cheap_operation = conv_bn(primary, cheap, dw_size, g=primary, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.primary_conv(x)
         return torch.cat((y, self.cheap_operation(y)), 1)[:, : self.c2]
-
-
-def conv_bn(c1: int, c2: int, k: Size, s: int, g: int, relu: bool) -> nn.Sequential:
-    """Members `0` convolution, `1` batch norm and `2` ReLU, as the published weights have them."""
-    layers: list[nn.Module] = [nn.Conv2d(c1, c2, k, s, same_padding(k), groups=g, bias=False), nn.BatchNorm2d(c2)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
 class GhostFrame(nn.Module):
@@ -135,7 +130,7 @@ class GhostFrame(nn.Module):
         self.se = SE(expansion, se) if se else nn.Identity()
         self.ghost2 = second(expansion, c2)
         same = s == 1 and c1 == c2
-        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(c1, c1, k, s, c1, False), *conv_bn(c1, c2, 1, 1, 1, False))
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(c1, c1, k, s, c1), *conv_bn(c1, c2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn_dw(self.conv_dw(self.ghost1(x)))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.bneck import bneck_of_4, to_width_of_4
-from models.ghost import GhostFrame, GhostModule, conv_bn
+from models.ghost import GhostFrame, GhostModule
+from models.layers import conv_bn
 from models.registry import register
 
 
@@ -24,7 +25,7 @@ class GhostModuleV2(GhostModule):
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, ratio: int = 2, dw_size: int = 3) -> None:
         super().__init__(c1, c2, k, s, ratio=ratio, dw_size=dw_size)
         self.short_conv = nn.Sequential(
-            *conv_bn(c1, c2, k, s, 1, False), *conv_bn(c2, c2, (1, 5), 1, c2, False), *conv_bn(c2, c2, (5, 1), 1, c2, False)
+            *conv_bn(c1, c2, k, s), *conv_bn(c2, c2, (1, 5), g=c2), *conv_bn(c2, c2, (5, 1), g=c2)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ def activation(act: bool | nn.Module) -> nn.Module:
     return nn.SiLU(inplace=True) if act else nn.Identity()
 
 
+def conv_bn(c1: int, c2: int, k: Size = 1, s: int = 1, g: int = 1, act: type[nn.Module] | None = None) -> nn.Sequential:
+    """Members `0` convolution, `1` batch norm and `2` activation, as published ImageNet weights have them."""
+    layers: list[nn.Module] = [nn.Conv2d(c1, c2, k, s, same_padding(k), groups=g, bias=False), nn.BatchNorm2d(c2)]
+    return nn.Sequential(*layers, act(inplace=True)) if act else nn.Sequential(*layers)
+
+
 class SlicedConv2d(nn.Conv2d):
     """A 1x1 convolution of stride s, as one of stride 1 on every s-th pixel."""
 

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 
 from models.bneck import bneck, check_bneck
-from models.layers import Conv, round_to_4, same_padding
+from models.layers import Conv, conv_bn, round_to_4
 from models.registry import register, to_width
 
 _NONLINEARITIES = {"RE": nn.ReLU, "HS": nn.Hardswish}  # as MobileNetV3's tables name them
@@ -50,11 +50,6 @@ class _Residual(nn.Module):
         return y + x if self.same else y
 
 
-def _conv(c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: type[nn.Module] | None = None) -> nn.Sequential:
-    layers = [nn.Conv2d(c1, c2, k, s, same_padding(k), groups=g, bias=False), nn.BatchNorm2d(c2)]
-    return nn.Sequential(*layers, act(inplace=True)) if act else nn.Sequential(*layers)
-
-
 @register("InvertedResidual", channels=bneck)
 class InvertedResidual(_Residual):
     """MobileNetV3's bottleneck (section 5): 1x1 to `expansion` channels, depthwise k x k, SE, 1x1 without activation, plus the input.
@@ -74,12 +69,12 @@ class InvertedResidual(_Residual):
         if nl not in tuple(_NONLINEARITIES) or se not in (True, False):
             raise ValueError(f"SE is true or false and the nonlinearity RE or HS, not {se!r} and {nl!r}")
         act = _NONLINEARITIES[nl]
-        layers = [_conv(c1, expansion, act=act)] if expansion != c1 else []
-        layers.append(_conv(expansion, expansion, k, s, expansion, act))
+        layers = [conv_bn(c1, expansion, act=act)] if expansion != c1 else []
+        layers.append(conv_bn(expansion, expansion, k, s, expansion, act))
         if se:
             hidden = 2 * round_to_4(expansion // 4 / 2)  # the nearest multiple of 8
             layers.append(_Gate(expansion, hidden, nn.ReLU(inplace=True), nn.Hardsigmoid()))
-        super().__init__(s == 1 and c1 == c2, *layers, _conv(expansion, c2))
+        super().__init__(s == 1 and c1 == c2, *layers, conv_bn(expansion, c2))
 
 
 @register("MBConv", channels=to_width)
@@ -97,10 +92,10 @@ class MBConv(_Residual):
         hidden = _expanded(c1, expansion)
         super().__init__(
             s == 1 and c1 == c2,
-            *([_conv(c1, hidden, act=nn.SiLU)] if hidden != c1 else []),
-            _conv(hidden, hidden, k, s, hidden, nn.SiLU),
+            *([conv_bn(c1, hidden, act=nn.SiLU)] if hidden != c1 else []),
+            conv_bn(hidden, hidden, k, s, hidden, nn.SiLU),
             _Gate(hidden, max(c1 // 4, 1), nn.SiLU(inplace=True), nn.Sigmoid()),
-            _conv(hidden, c2),
+            conv_bn(hidden, c2),
         )
 
 
@@ -117,7 +112,7 @@ class FusedMBConv(_Residual):
     def __init__(self, c1: int, c2: int, k: int = 3, expansion: float = 4, s: int = 1) -> None:
         check_bneck(k, s)
         hidden = _expanded(c1, expansion)
-        layers = [_conv(c1, c2, k, s, act=nn.SiLU)] if hidden == c1 else [_conv(c1, hidden, k, s, act=nn.SiLU), _conv(hidden, c2)]
+        layers = [conv_bn(c1, c2, k, s, act=nn.SiLU)] if hidden == c1 else [conv_bn(c1, hidden, k, s, act=nn.SiLU), conv_bn(hidden, c2)]
         super().__init__(s == 1 and c1 == c2, *layers)
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from models.bneck import bneck_of_4, check_bneck, to_width_of_4
-from models.ghost import GhostFrame, conv_bn
-from models.layers import Conv
+from models.ghost import GhostFrame
+from models.layers import Conv, conv_bn
 from models.registry import register, to_width
 
 
@@ -77,9 +77,9 @@ class RepGhostModule(nn.Module):
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, relu: bool = True, dw_size: int = 3) -> None:
         super().__init__()
         check_bneck(dw_size, s)
-        self.primary_conv = conv_bn(c1, c2, k, s, 1, relu)
+        self.primary_conv = conv_bn(c1, c2, k, s, act=nn.ReLU if relu else None)
         self.fusion_bn = nn.Sequential(nn.BatchNorm2d(c2))
-        self.cheap_operation = conv_bn(c2, c2, dw_size, 1, c2, False)
+        self.cheap_operation = conv_bn(c2, c2, dw_size, g=c2)
         self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbones import Backbone, Map, check_weights, first_line, from_image, read_weights
+from models.backbones import Backbone, Map, check_weights, from_image, read_weights
 from models.registry import register
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.extras import import_extra
 from utils.files import did_you_mean
 

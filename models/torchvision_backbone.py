@@ -10,9 +10,9 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from models.backbones import LEVELS, Backbone, Map, check_weights, first_line, from_image, read_weights
+from models.backbones import LEVELS, Backbone, Map, check_weights, from_image, read_weights
 from models.registry import register
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import did_you_mean
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -101,7 +101,8 @@ def test_the_command_of_a_training(tmp_path: Path) -> None:
 def row(name: str, ms: float | None, gflops: float, *scores: float, **more: object) -> Row:
     profile = Profile(int(gflops * 1e6), gflops, 2.5, 30, {("PyTorch fp32", 1): Latency(ms, ms * 1.5, 0.1, 9)} if ms else {})
     score = {seed: {"val": Score({"mAP50": value * 2, "mAP50-95": value}, [value], [])} for seed, value in enumerate(scores)}
-    return Row(Entrant(name, cfg=f"{name}.yaml"), profile, score, {seed: 3.0 for seed in score}, **more)
+    learning = {seed: np.array([[1, 1.5, 0], [2, 3.0, value]]) for seed, value in enumerate(scores)}
+    return Row(Entrant(name, cfg=f"{name}.yaml"), profile, score, learning, **more)
 
 
 ROWS = [row("a_light", 10.0, 2.0, 0.3, 0.4), row("b", 20.0, 4.0, 0.5), Row(Entrant("broken", cfg="broken.yaml"), problems=["no such model YAML"])]

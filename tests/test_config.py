@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from utils.config import DetectConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
+from utils.config import CompareConfig, DetectConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training.runs import _newest_last
 
-REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"]}
+REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"], CompareConfig: []}
 CONFIGS = list(REQUIRED)
 FLAGS = [(cls, field) for cls in CONFIGS for field in dataclasses.fields(cls)]
 
@@ -43,7 +43,7 @@ def example(field: dataclasses.Field) -> tuple[list[str], object]:
     if given.get("choices"):
         return [given["choices"][-1]], given["choices"][-1]
     if given.get("nargs") == "+":
-        return ["64", "96"], (64, 96)
+        return ["64", "96"], tuple(map(given["type"], ("64", "96")))
     kind = given.get("type", type(field.default))
     text = {str: "some", int: "64", float: "0.25"}[kind]
     return [text], kind(text)
@@ -71,7 +71,7 @@ def test_defaults_and_what_is_given(cls):
         config.name = "other"
 
 
-@pytest.mark.parametrize("cls", CONFIGS)
+@pytest.mark.parametrize("cls", YOLOV5)
 def test_yolov5s_flags_are_there(cls):
     known = {field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     known |= {alias.removeprefix("--") for field in dataclasses.fields(cls) for alias in field.metadata["aliases"]}
@@ -208,7 +208,9 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize(("script", "cls"), [("train.py", TrainConfig), ("val.py", ValConfig), ("detect.py", DetectConfig)])
+@pytest.mark.parametrize(("script", "cls"), [
+    ("train.py", TrainConfig), ("val.py", ValConfig), ("detect.py", DetectConfig), ("compare.py", CompareConfig),
+])  # fmt: skip
 def test_help_answers_at_once(script, cls):
     start = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", HELP.format(script=str(ROOT / script))], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -24,7 +24,7 @@ def learn(model: DetectionModel) -> list[float]:
     images = torch.rand(2, 3, PIXELS, PIXELS, generator=generator).contiguous(memory_format=torch.channels_last)
     targets = torch.tensor([[0, 0, 0.3, 0.3, 0.2, 0.3], [0, 1, 0.7, 0.6, 0.5, 0.4], [1, 2, 0.5, 0.5, 0.9, 0.8], [1, 0, 0.2, 0.8, 0.1, 0.1]])
     criterion = DetectionLoss(model.head.anchors, len(CLASSES), Hyp(), PIXELS)
-    optimizer = build_optimizer(model, "SGD", Hyp(lr0=0.01), len(images))
+    optimizer = build_optimizer(model, "AdamW", Hyp(lr0=0.001), len(images))
     losses = []
     for _ in range(STEPS):
         loss = criterion(model(images), targets).total
@@ -40,7 +40,7 @@ def check(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     model = DetectionModel(load_spec(f"{name}.yaml", len(CLASSES)), CLASSES).to(memory_format=torch.channels_last)
     losses = learn(model.train())
-    assert min(losses[-3:]) < 0.98 * losses[0], losses
+    assert min(losses[-3:]) < 0.8 * losses[0], losses
 
     save_checkpoint(folder / "net.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())))
     loaded = load_model(str(folder / "net.pt"))

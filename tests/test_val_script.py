@@ -1,9 +1,7 @@
 """val.py and what it is made of: boxes that go back exactly, a mAP that pycocotools agrees with, and every flag."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import re
@@ -13,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tiny import data_yaml, picture_split, tiny_model
 from torch import Tensor
 
@@ -26,6 +22,7 @@ from utils.config import Hyp, ValConfig
 from utils.data.open import open_splits, val_loader
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
+from utils.evaluate.official import cocoeval
 from utils.evaluate.output import yolo_lines
 from utils.evaluate.tta import Augmented
 from utils.evaluate.validate import check_classes, truth_of, validate
@@ -82,15 +79,7 @@ def pycocotools_ap(labels: list[Path], images: list[Path], predictions: Path, nc
             box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
             truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": int(image.stem), "category_id": int(cls), "bbox": box,
                                          "area": box[2] * box[3], "iscrowd": 0})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(str(predictions)), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0]), float(evaluation.stats[1])
+    return cocoeval(truth, predictions)
 
 
 def printed_map(out: str) -> tuple[float, float]:

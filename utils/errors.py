@@ -24,6 +24,11 @@ class UserError(Exception):
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 3 // 4]} … {line[-_LONGEST // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Another's error in one line: its kind and the first line that it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """Make `main(argv)` return 2, with one line on stderr, for mistakes, unwritable folders, memory and Ctrl-C."""
 

@@ -18,11 +18,12 @@ from utils.data.labels import Split
 from utils.data.open import open_splits, val_loader
 from utils.data.spec import load_data_spec
 from utils.device import compute_dtype, machine, select_device
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.evaluate.validate import ValResult, check_classes, validate
 from utils.files import ROOT, find_file
 from utils.log import info, warn
 from utils.measure.runtimes import choose_runtimes
+from utils.plots.training import read_results
 
 _VAL_BATCH = 32
 
@@ -124,9 +125,8 @@ class Comparison:
     def _take(self, run: Run) -> None:
         row = self.rows[run.entrant.name]
         row.scores[run.seed] = self._scored(run.best, run.folder / "scores.json")
-        history = run.history()
-        row.minutes[run.seed] = sum(epoch["time_s"] for epoch in history) / 60
-        row.learning[run.seed] = np.array([[epoch["epoch"] + 1, epoch["time_s"], epoch["metrics/mAP50-95"]] for epoch in history])
+        epochs = read_results(run.folder / "results.csv")
+        row.learning[run.seed] = np.stack((epochs["epoch"] + 1, epochs["time_s"].cumsum() / 60, epochs["metrics/mAP50-95"]), 1)
 
     def _scored(self, weights: Path, kept: Path) -> dict[str, Score]:
         return scored(weights, kept, self.splits, self._evaluate)
@@ -162,7 +162,8 @@ class Comparison:
         config = self.config
         notes = [f"costs at {config.imgsz} px on {machine(self.device)}: parameters, GFLOPs and file as trained; "
                  "memory and latency with branches merged and batch norm folded"]
-        notes += [f"latency: {'; '.join(runtime.describe() for runtime in self.runtimes)}"] * bool(self.runtimes)
+        measured = {runtime for row in self.rows.values() if row.profile for runtime, _ in row.profile.latency}
+        notes += [f"latency: {runtime.describe()}" for runtime in self.runtimes if runtime.name in measured]
         if config.data:
             length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
             seeds = " ".join(map(str, config.seeds))
@@ -187,8 +188,7 @@ class _Blame:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, Exception):
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self.row.problems.append(f"{self.prefix}{UserError(f'{kind}{error}')}")
+            self.row.problems.append(f"{self.prefix}{error if isinstance(error, UserError) else first_line(error)}")
             warn(f"{self.row.entrant.name}: {self.row.problems[-1]}; the others go on")
             return True
         return False

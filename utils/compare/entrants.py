@@ -69,9 +69,10 @@ def image_size(config: CompareConfig, entrants: Sequence[Entrant]) -> int:
     if config.imgsz:
         return config.imgsz
     sizes = {}
-    for entrant in entrants:
+    for weights in (entrant.weights for entrant in entrants if entrant.weights):
         with suppress(UserError):  # it will cost the row of the checkpoint
-            sizes |= {size: entrant.weights for size in (load_checkpoint(entrant.weights).imgsz,) if size} if entrant.weights else {}
+            sizes[load_checkpoint(weights).imgsz] = weights
+    sizes.pop(None, None)
     if len(sizes) > 1:
         trained = " and ".join(f"{weights} at {size}" for size, weights in sizes.items())
         raise UserError(f"trained at several sizes, {trained} pixels: give one --imgsz for all")

@@ -56,9 +56,8 @@ def _draw(folder: Path, rows: Sequence[Row], splits: Mapping[str, Split], measur
         plot_pareto(_panels(scored, split, measured), f"{split} mAP50-95", folder / "pareto.png")
     learnt = {row.entrant.name: row.learning.values() for row in rows if row.learning}
     if learnt:
-        plot_learning({name: [(seed[:, 0], seed[:, 2]) for seed in seeds] for name, seeds in learnt.items()}, "epoch", folder / "learning.png")
-        minutes = {name: [(seed[:, 1].cumsum() / 60, seed[:, 2]) for seed in seeds] for name, seeds in learnt.items()}
-        plot_learning(minutes, "minutes of training", folder / "learning_by_time.png")
+        for column, x, file in ((0, "epoch", "learning.png"), (1, "minutes of training", "learning_by_time.png")):
+            plot_learning({name: [(seed[:, column], seed[:, 2]) for seed in seeds] for name, seeds in learnt.items()}, x, folder / file)
     if scored:
         names, ap = [row.entrant.name for row in scored], np.array([row.class_ap(split) for row in scored])
         write_class_ap(folder / "class_ap.csv", names, splits[split].names, ap)

@@ -35,9 +35,13 @@ class Row:
     entrant: Entrant
     profile: Profile | None = None
     scores: dict[int, dict[str, Score]] = field(default_factory=dict)  # seed -> split -> score
-    minutes: dict[int, float] = field(default_factory=dict)  # seed -> of training
-    learning: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> (epochs, 3) epoch, seconds, val mAP50-95
+    learning: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> (epochs, 3) epochs and minutes so far, val mAP50-95
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def minutes(self) -> tuple[float, ...]:
+        """Of each seed's training."""
+        return tuple(float(epochs[-1, 1]) for epochs in self.learning.values())
 
     def metric(self, split: str, name: str) -> tuple[float, ...]:
         """One value for each seed that is scored."""
@@ -72,7 +76,7 @@ def columns_of(rows: Sequence[Row], splits: Sequence[str], latencies: Sequence[t
     columns += [Column(f"{runtime} b{batch} {part} (ms)", 1, latency((runtime, batch), part), part == "p90")
                 for runtime, batch in latencies for part in ("p50", "p90")]
     columns += [Column(f"{split} {name}", 3, [row.metric(split, name) for row in rows]) for split in splits for name in ("mAP50", "mAP50-95")]
-    columns += [Column("training (min)", 1, [tuple(row.minutes.values()) for row in rows])]
+    columns += [Column("training (min)", 1, [row.minutes for row in rows])]
     return [column for column in columns if any(column.values)]
 
 

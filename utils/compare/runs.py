@@ -1,7 +1,6 @@
 """The trainings of a comparison: one folder for each network and seed, each in a process of its own, interrupted and gone on with as they like."""
 from __future__ import annotations
 
-import csv
 import signal
 import subprocess
 import sys
@@ -55,14 +54,6 @@ class Run(NamedTuple):
             raise UserError(f"{self.folder}: was trained with other {' and '.join(other)} of the same name: "
                             "remove that folder, or give another --name")
         return bool(state.get("finished")) and self.best.exists()
-
-    def history(self) -> list[dict[str, float]]:
-        """The rows of results.csv: numbers by column."""
-        try:
-            with open(self.folder / "results.csv", newline="", encoding="utf-8") as file:
-                return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'results.csv'}: can't be read as results of a training: {error}") from None
 
 
 def plan_runs(entrants: list[Entrant], seeds: tuple[int, ...], folder: Path) -> list[Run]:

@@ -13,8 +13,8 @@ from utils.data.labels import Split
 from utils.evaluate.matching import Detections
 from utils.evaluate.validate import ValResult
 from utils.files import atomic_write
+from utils.plots.run import SHOWN_CONF
 
-SHOWN_CONF = 0.25
 _ON_SHEET = 4
 
 

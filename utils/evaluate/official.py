@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -28,10 +29,15 @@ def pycocotools_scores(predictions: Path, result: ValResult, split: Split) -> tu
         for box, c, a, is_crowd in zip(np.concatenate((truth.xyxy[:, :2], wh), 1).tolist(), truth.cls, area.tolist(), crowd.tolist(), strict=True):
             annotations.append({"id": len(annotations) + 1, "image_id": split.image_ids[index], "category_id": split.category_ids[c],
                                 "bbox": box, "area": a, "iscrowd": int(is_crowd)})
+    return cocoeval({"images": [{"id": split.image_ids[i]} for i in result.indices], "annotations": annotations,
+                     "categories": [{"id": c} for c in split.category_ids]}, predictions)
+
+
+def cocoeval(dataset: dict[str, list[dict[str, Any]]], predictions: Path) -> tuple[float, float]:
+    """mAP50-95 and mAP50 by pycocotools, of a results file against COCO's images, annotations and categories."""
     with contextlib.redirect_stdout(io.StringIO()):  # it talks
         truth = COCO()
-        truth.dataset = {"images": [{"id": split.image_ids[i]} for i in result.indices], "annotations": annotations,
-                         "categories": [{"id": c} for c in split.category_ids]}
+        truth.dataset = dataset
         truth.createIndex()
         scorer = COCOeval(truth, truth.loadRes(str(predictions)), "bbox")
         scorer.evaluate()

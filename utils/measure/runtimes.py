@@ -44,11 +44,6 @@ class Runtime:
         absent = [package for package in self.packages if not is_installed(package)]
         if absent:
             return f"{self.name}: pip install {' '.join(absent)}"
-        try:
-            for package in self.packages:
-                import_extra(package)
-        except Exception as error:  # of an install that is broken: of any kind
-            return f"{self.name}: does not start: {textwrap.shorten(f'{type(error).__name__}: {error}', _LONGEST_REASON, placeholder=' …')}"
         if self.dtype == torch.bfloat16 and not asked and not torch.cuda.is_available() and not cpu_has_native_bf16():
             return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
         return None

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from utils.plots.figures import FAINT, INK, class_color, new_figure, plain, save_figure, tidy
+from utils.plots.training import smooth
 
 _LETTER = 4.7  # points, the width of a letter of a name, and half of its height with the room around it
 
@@ -106,17 +107,11 @@ def plot_learning(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
         mean = np.mean([value[:shortest] for _, value in seeds], 0)
         best = max(float(value.max()) for _, value in seeds)
         label = f"{plain(name, 40)}  best {best:.3f}"
-        axes.plot(np.mean([at[:shortest] for at, _ in seeds], 0), _smooth(mean), color=color, linewidth=1.8, label=label)
+        axes.plot(np.mean([at[:shortest] for at, _ in seeds], 0), smooth(mean), color=color, linewidth=1.8, label=label)
     tidy(axes, "val mAP50-95 while training, smoothed (as logged: thin)", x, "mAP50-95")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     save_figure(figure, out)
-
-
-def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Mean over a window, at the ends over what is there."""
-    kernel = np.ones(min(width, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def plot_class_ap(names: Sequence[str], classes: Sequence[str], ap: np.ndarray, title: str, out: Path) -> None:

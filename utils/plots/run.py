@@ -18,7 +18,7 @@ from utils.plots.curves import plot_confusion, plot_metric_curve, plot_pr_curve
 from utils.plots.training import plot_labels
 
 _SHEETS = 3
-_SHOWN_CONF = 0.25
+SHOWN_CONF = 0.25
 
 
 def draw_data(run_dir: Path, split: Split, dataset: Dataset, batch_size: int) -> None:
@@ -59,7 +59,7 @@ def _pair(truth: Truth, found: Detections, split: Split, index: int) -> list[Til
         image = read_image(path)
     except ImageError:
         return []  # reported when it was read for scoring
-    shown = found.conf >= _SHOWN_CONF
+    shown = found.conf >= SHOWN_CONF
     labels = [f"{split.names[c]} {conf:.2f}" for c, conf in zip(found.cls[shown], found.conf[shown], strict=True)]
     name = Path(path).name
     return [

@@ -32,7 +32,7 @@ def plot_results(results: Path, out: Path) -> None:
     Raises:
         UserError: no such file, or no panel has a number.
     """
-    columns = _read_numbers(results)
+    columns = read_results(results)
     panels = {title: [key for key in keys if np.isfinite(columns.get(key, np.nan)).any()] for title, keys in _PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     if not panels:
@@ -66,18 +66,22 @@ def _plot_series(axes: Axes, epoch: np.ndarray, values: np.ndarray, key: str, co
         best = int(values.argmax())
         label = f"{label}, best {values[best]:.3f} at {epoch[best]:g}"
         axes.plot(epoch[best], values[best], "*", color=color, markersize=11, markeredgecolor="white")
-    axes.plot(epoch, _smooth(values) if group else values, color=color, linewidth=1.8, label=label)
+    axes.plot(epoch, smooth(values) if group else values, color=color, linewidth=1.8, label=label)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Gaussian moving average of (N,), about a fiftieth of it wide; at the ends over what is there."""
     distance = np.arange(len(values))[:, None] - np.arange(len(values))
     weight = np.exp(-0.5 * (distance / max(len(values) / 50, 0.3)) ** 2)
     return weight @ values / weight.sum(1)
 
 
-def _read_numbers(path: Path) -> dict[str, np.ndarray]:
-    """Column name -> (rows,) floats, nan where a cell is no number."""
+def read_results(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a results.csv: name -> (rows,) floats, nan where a cell is no number.
+
+    Raises:
+        UserError: no such file, or no table.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, skipinitialspace=True))
