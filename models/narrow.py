@@ -1,7 +1,7 @@
 """Layers made narrower in place: what a spec's `widths` say of a pruned network.
 
-A convolution or linear layer has [input channels, output channels], a norm [channels], and a module with a `narrow()` of its own, such as ShuffleNet's
-split, what that takes. null leaves a number as the YAML's rows give it, so that the classes can still change.
+A convolution or linear layer has [input channels, output channels], a norm [channels], and a module with a `narrow()` of its own, such as
+ShuffleNet's split, what that takes. null leaves a number as the YAML's rows give it, so that the classes can still change.
 """
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _narrow(module: nn.Module, sizes: Sizes) -> None:
         (module.num_features,) = _sizes(sizes, (module.num_features,))
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.dim():
-                setattr(module, key, nn.Parameter(tensor.data[: module.num_features]) if isinstance(tensor, nn.Parameter) else tensor[: module.num_features])
+                left = tensor.detach()[: module.num_features].clone()
+                setattr(module, key, nn.Parameter(left) if isinstance(tensor, nn.Parameter) else left)
     else:
         raise ValueError(f"a {type(module).__name__} can't be narrowed")
 

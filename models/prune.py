@@ -8,8 +8,12 @@ import torch
 
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
+from utils.compress.plan import Cost, Plan, first_of
 from utils.compress.trace import trace_channels
+from utils.measure.runtimes import pytorch_run
+from utils.measure.timing import time_interleaved
 
+_ROUNDS = 6
 _ROWS = "model."  # prefix of the rows' names, which a spec leaves out
 
 
@@ -33,3 +37,16 @@ def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray
     left = DetectionModel(dataclasses.replace(model.spec, widths=widths), model.names)
     left.load_state_dict(graph.cut(model.state_dict(), keep))
     return left.to(next(model.parameters()).device).eval()
+
+
+def latency_share(model: DetectionModel, graph: ChannelGraph, imgsz: int) -> Cost:
+    """A plan's latency, batch 1, eager fp32, as a share of the whole network's, which is timed beside it each time."""
+    images = torch.full((1, 3, imgsz, imgsz), 0.5, device=next(model.parameters()).device)
+
+    def cost(plan: Plan) -> float:
+        networks = {"whole": model, "left": remove_channels(model, graph, first_of(graph, plan))}
+        runs = {name: pytorch_run(network.fused().to(memory_format=torch.channels_last), images, torch.float32) for name, network in networks.items()}
+        latencies = time_interleaved(runs, _ROUNDS, title="latency").latencies
+        return latencies["left"].p50_ms / latencies["whole"].p50_ms
+
+    return cost

@@ -51,7 +51,7 @@ class ChannelShuffle(nn.Module):
         return shuffle_join(a, b) if self.order is None else torch.cat((a, b), 1).index_select(1, self.order)
 
     def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
-        """What `narrow` takes once only the channels in `keep` (C1,) and (C2,) are there: for each output channel its place in their concatenation."""
+        """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""
         kept = np.concatenate(keep)
         order = np.arange(len(kept)).reshape(2, -1).T.ravel() if self.order is None else self.order.cpu().numpy()
         places = np.cumsum(kept) - 1

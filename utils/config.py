@@ -160,6 +160,32 @@ class CompareConfig(DataOptions, Common):
     project: str = option("runs/compare", "folder of comparisons")
 
 
+PRUNING = ("eagleeye", "l1", "fpgm", "slimming", "sfp")
+SHARE: Check = (lambda v: 0 <= v < 1, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class PruneConfig(DataOptions, NewRun):
+    weights: str = option("", "the trained network (.pt of ours or of YOLOv5)", required=True)
+    method: str = option("eagleeye", "eagleeye: the best of many random plans; l1, fpgm, sfp: the same share of each layer; slimming: one threshold "
+                         "for all layers", choices=PRUNING)
+    target_flops: float = option(0.0, "keep this share of the FLOPs, such as 0.5", check=SHARE)
+    target_params: float = option(0.0, "keep this share of the parameters", check=SHARE)
+    target_latency: float = option(0.0, "keep this share of the latency measured here", check=SHARE)
+    ratio: float = option(0.0, "remove this share of each layer's channels (slimming: of all channels) instead", check=SHARE)
+    plan: str = option("", "the numbers of channels of a plan that an earlier search kept", metavar="plans/2.yaml")
+    data: str = option("", "data YAML; without it batch norms stay as they are and nothing is scored")
+    candidates: int = option(200, "plans that eagleeye tries", check=POSITIVE)
+    min_ratio: float = option(0.1, "the least share of channels that a layer keeps", check=SHARE)
+    round_to: int = option(8, "numbers of channels are multiples of it", check=POSITIVE)
+    calib: int = option(128, "training images that batch norms are re-estimated on", check=POSITIVE)
+    held_out: int = option(128, "other training images that candidates are scored on", check=POSITIVE)
+    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    seed: int = option(0, "seed of everything random", check=SEED)
+    noplots: bool = option(False, "write no pictures")
+    project: str = option("runs/prune", "folder of runs")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, with the nearest flags."""
 

@@ -25,6 +25,7 @@ class ChannelGraph:
     Attributes:
         groups: every removable channel is in one of them.
         kept_whole: module -> the operation in it that can't do with fewer channels.
+        norms: keys of the scales of norms.
     """
 
     def __init__(self, trace: Trace, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -32,6 +33,9 @@ class ChannelGraph:
         self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
         self.count = 1 + max((int(dim.max()) for dims in self.uses.values() for dim in dims if dim is not None and len(dim)), default=0)
         self.groups = tuple(_groups(self.layers))
+        self.by_weight = {layer.weight: layer for layer in self.layers}
+        # Weights of one dimension that are no layer's belong to norms.
+        self.norms = [key for key, dims in self.uses.items() if key.endswith(".weight") and len(dims) == 1]
         self.everything = np.ones(self.count, bool)
 
     def keep(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:

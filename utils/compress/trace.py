@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 KEPT = 0  # the number that can't be removed
 _GETTERS = {"__get__", "size", "dim", "stride", "is_contiguous", "numel", "is_floating_point", "is_complex", "get_device", "element_size"}
 _ONE_BY_ONE = {
-    "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_", "gelu",
-    "mish", "elu", "elu_", "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous", "clone", "to",
-    "float", "detach", "type_as", "identity",
+    "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
+    "gelu", "mish", "elu", "elu_", "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
+    "clone", "to", "float", "detach",
 }  # fmt: skip
 _IN_EACH_CHANNEL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad"}
-_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "prelu", "maximum", "minimum"}
+_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "prelu"}
 _MOVES = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "squeeze"}
 _MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind"}
 
@@ -37,6 +37,7 @@ class Layer(NamedTuple):
     outputs: np.ndarray  # (c2,)
     groups: int
     work: int  # multiply-accumulates of one input channel to one output channel
+    out_dim: int  # of the weight, along which its filters lie
 
 
 class Trace(NamedTuple):
@@ -167,7 +168,7 @@ class _Tracer(TorchFunctionMode):
         outs = self._new(len(weight))
         self._use(weight, (outs, ins))
         self._use(bias, (outs,))
-        self.layers.append(Layer(key, ins, outs, 1, y[..., 0].numel()))
+        self.layers.append(Layer(key, ins, outs, 1, y[..., 0].numel(), 0))
         self._give(y, torch.from_numpy(outs).expand(y.shape))
 
     def _normalise(self, call: _Call) -> None:
@@ -212,7 +213,7 @@ class _Tracer(TorchFunctionMode):
         self._use(weight, (*of_weight, None, None))
         self._use(bias, (outs,))
         positions = (y if out_dim == 0 else x)[:, 0].numel()
-        self.layers.append(Layer(key, ins, outs, groups, positions * weight[0, 0].numel()))
+        self.layers.append(Layer(key, ins, outs, groups, positions * weight[0, 0].numel(), out_dim))
         self._give(y, _along(torch.from_numpy(outs), y))
 
     def _give(self, tensor: Tensor, numbers: Tensor) -> None:
