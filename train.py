@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from models.plugin import load_plugin
+    from models.prune import channel_graph
     from models.summary import print_summary
     from models.yolo import build_for_training, model_from_checkpoint
     from utils.data.open import open_splits
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = dataclasses.replace(config, batch_size=world.share(batch_size))
         print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
-        training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state)
+        graph = channel_graph(model) if config.slim or config.soft_prune else None
+        training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state, graph)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()
         training.run()

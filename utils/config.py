@@ -23,6 +23,7 @@ BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the l
 NAME: Check = (lambda v: Path(v).name not in ("", ".."), "must be a folder's name")
 SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
 INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
+SHARE: Check = (lambda v: 0 <= v < 1, "must be at least 0 and below 1")
 SEEDS: Check = (lambda v: all(0 <= seed < 2**32 for seed in v), "must be at least 0 and below 2**32")
 SIZES_OF_BATCH: Check = (lambda v: min(v) >= 1, "must be 1 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
@@ -88,6 +89,9 @@ class TrainConfig(DataOptions, NewRun):
                                      nargs="+", type=int, check=INDICES)
     save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
     seed: int = option(0, "seed of everything random", check=SEED)
+    slim: float = option(0.0, "network slimming: L1 on batch-norm scales, such as 1e-4, for prune.py --method slimming", check=NOT_NEGATIVE)
+    soft_prune: str = option("", "zero the weakest filters after each epoch, for prune.py --method sfp or fpgm", choices=("sfp", "fpgm"))
+    soft_ratio: float = option(0.5, "share of each layer's filters that --soft-prune zeroes", check=SHARE)
     time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit",
                                check=NOT_NEGATIVE)
 
@@ -161,7 +165,6 @@ class CompareConfig(DataOptions, Common):
 
 
 PRUNING = ("eagleeye", "l1", "fpgm", "slimming", "sfp")
-SHARE: Check = (lambda v: 0 <= v < 1, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

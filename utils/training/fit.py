@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
+from utils.compress.graph import ChannelGraph
+from utils.compress.importance import fpgm, l2
 from utils.config import Hyp, TrainConfig
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
@@ -26,12 +28,13 @@ from utils.evaluate.validate import ValResult, validate
 from utils.files import atomic_write, remove_leftovers
 from utils.log import info
 from utils.plots.run import draw_data, draw_validation
-from utils.plots.training import plot_results
+from utils.plots.training import plot_gammas, plot_results
 from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.loss import DetectionLoss, Loss
 from utils.training.optim import build_optimizer, load_optimizer
-from utils.training.schedule import progress, settings, warmup_steps
+from utils.training.schedule import accumulation, progress, settings, warmup_steps
+from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning
 from utils.training.state import TrainState
 from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
@@ -44,13 +47,14 @@ class Training:
 
     def __init__(
         self, model: torch.nn.Module, train_split: Split, val_split: Split, config: TrainConfig, hyp: Hyp, run_dir: Path, device: torch.device,
-        world: World = _ALONE, state: TrainState | None = None,
+        world: World = _ALONE, state: TrainState | None = None, graph: ChannelGraph | None = None,
     ) -> None:
         """
         Args:
             model: a DetectionModel on `device`; see models/yolo.py.
             config: with a whole batch size (over all processes) and an image size that the strides divide.
             state: of the run to go on with.
+            graph: of the model's channels, for --slim and --soft-prune.
         """
         self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run_dir, device, world
         self.train_split, self.val_split = train_split, val_split
@@ -60,7 +64,11 @@ class Training:
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
         # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
-        self.stepper = Stepper(model, build_optimizer(model, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
+        optimizer = build_optimizer(model, config.optimizer, hyp, config.batch_size)
+        images = config.batch_size * accumulation(config.batch_size)  # of a step, over which its loss sums
+        self.slimming = Slimming(graph, model, config.slim * images) if config.slim else None
+        self.soft_pruning = SoftPruning(graph, {"sfp": l2, "fpgm": fpgm}[config.soft_prune], config.soft_ratio) if config.soft_prune else None
+        self.stepper = Stepper(model, optimizer, ModelEma(model), device, self.dtype, self.slimming)
         self.network = world.wrap(model, device, config.sync_bn)
         self.scalars = Scalars(run_dir) if world.rank == 0 else None
         self.result: ValResult | None = None
@@ -73,6 +81,8 @@ class Training:
             epoch = self.state.epoch
             epoch_start = time.perf_counter()
             trained = self.train_one_epoch(epoch, _eta(self.state, self.config.epochs, self.config.time_limit * 60))
+            if self.soft_pruning:
+                self.soft_pruning(self.model, self.stepper.ema.model)
             stop = False
             if self.world.rank == 0:
                 self._validate(epoch)
@@ -100,6 +110,8 @@ class Training:
         result = validate(model.fused(), self.val_loader, self.val_split, self.device, self.dtype)
         if not self.config.noplots:
             plot_results(self.run_dir / "results.csv", self.run_dir / "results.png")
+            if self.slimming:
+                plot_gammas(np.array(self.state.gammas), GAMMA_BINS, self.run_dir / "gammas.png")
             draw_validation(self.run_dir, result, self.val_split)
         info(f"\n{score_table(result, self.val_split, per_class=True)}\n")
         info(f"weights:  {best} ({best.stat().st_size / 1e6:.1f} MB), and last.pt beside it to --resume from")
@@ -171,6 +183,10 @@ class Training:
             info(f"  val: P {metrics['precision']:.3f}  R {metrics['recall']:.3f}  mAP50 {metrics['mAP50']:.4f}  mAP50-95 {metrics['mAP50-95']:.4f}"
                  f"  ({seconds:.0f} s, {trained.images_per_second:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GB)")
         row["lr"] = trained.settings.weight_lr
+        if self.slimming:
+            row["slim/near_zero"] = self.slimming.sparsity()
+            self.state.gammas.append(self.slimming.histogram())
+            info(f"  slimming: {100 * row['slim/near_zero']:.1f} % of the scales are nearly zero")
         self.state.history.append(row)
         self.scalars.add(epoch, row)
         write_results(self.run_dir / "results.csv", self.state.history)
