@@ -24,6 +24,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # a row of results.csv for each epoch
     class_ap: list[float] = field(default_factory=list)  # of the last validation, for --image-weights
     model: dict[str, Tensor] = field(default_factory=dict)  # raw weights; the checkpoint's own are the averaged ones
+    adapters: dict[str, Tensor] = field(default_factory=dict)  # of a feature distillation
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
