@@ -44,7 +44,7 @@ class Distillation(nn.Module):
         self.adapters.to(student.head.anchors.device)
 
     def forward(self, images: Tensor) -> Lesson:
-        taught = [teacher(images) for teacher in self.teachers]  # first: their maps are gone before the student's must be kept
+        taught = [teacher(images) for teacher in self.teachers]  # first: what they compute is gone before the student's must be kept
         with head_inputs(self.student) as features:
             maps = self.student(images)
         return Lesson(maps, [adapt(features) for adapt in self.adapters], taught)

@@ -1,4 +1,7 @@
-"""Feature distillation, channel by channel, between networks of any widths (CWD: Shu et al., Channel-wise Knowledge Distillation, ICCV 2021)."""
+"""Feature distillation, channel by channel, between networks of any widths.
+
+CWD: Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ _TEMPERATURE = 4.0  # softens a channel's map, so that all that it responds to c
 
 
 def channelwise_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence between each channel's distribution over the places of an image, mean over channels and images (eq. 3-5 of the paper).
+    """KL divergence between each channel's distribution over the places of an image, times the temperature squared; mean over channels and images.
 
     A channel's values become a distribution by a softmax over its map, so that only *where* it responds is taught, not its offset; zero where
     student and teacher agree.

@@ -61,10 +61,10 @@ class Training:
         self.state.config = dataclasses.asdict(config)
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
-        # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
         self.distillation = distillation
         self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
         learner = distillation or model  # what has weights to move
+        # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
         self.stepper = Stepper(model, build_optimizer(learner, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
         self.network = world.wrap(learner, device, config.sync_bn)
         self.scalars = Scalars(run_dir) if world.rank == 0 else None

@@ -14,7 +14,7 @@ from utils.device import autocast
 from utils.errors import UserError
 from utils.training.loss import box_of
 
-_SEEN = 0.05  # objectness below which a teacher says nothing of boxes and classes: so rare is a place above it that background can't outweigh objects
+_SEEN = 0.05  # objectness below which a teacher says nothing of boxes and classes: the many places of background would together outweigh objects
 _MOST_NAMES = 5  # that a message lists
 
 
