@@ -64,6 +64,11 @@ class DataOptions:
 class TrainConfig(DataOptions, NewRun):
     cfg: str = option("", "model YAML, found as given, in models/, models/hub/ or models/timm/")
     weights: str = option("", "start from these weights (.pt of ours or of YOLOv5)")
+    teacher: tuple[str, ...] = option((), "learn from these trained networks too (.pt of ours or of YOLOv5, same classes)", nargs="+", type=str)
+    distill: float = option(1.0, "with --teacher: gain of what it says of boxes, objects and classes; 1 weighs it like the labels",
+                            check=NOT_NEGATIVE)
+    distill_features: float = option(0.0, "with --teacher: gain of its feature maps, channel by channel; 0 is off", check=NOT_NEGATIVE)
+    teacher_imgsz: int | None = option(None, "with --teacher: its image size, pixels (default: --imgsz)", type=int, check=SIZE)
     hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
     epochs: int = option(100, "passes over the training images", check=POSITIVE)
     batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))

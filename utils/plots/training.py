@@ -18,6 +18,8 @@ _PANELS = {
     "box loss": ("train/box", "val/box"),
     "objectness loss": ("train/obj", "val/obj"),
     "class loss": ("train/cls", "val/cls"),
+    "distillation loss": ("train/distill",),
+    "feature distillation loss": ("train/features",),
     "precision and recall": ("metrics/precision", "metrics/recall"),
     "mAP": ("metrics/mAP50", "metrics/mAP50-95"),
     "learning rate": ("lr",),

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from utils.compress.graph import ChannelGraph
-from utils.compress.importance import Scores
+from utils.compress.importance import Scores, fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
 from utils.compress.trace import KEPT
+from utils.config import TrainConfig
+from utils.training.schedule import accumulation
 
 GAMMA_BINS = np.linspace(0, 2, 41)  # of the histogram of batch-norm scales
 _NEAR_ZERO = 0.01
@@ -73,3 +76,18 @@ class SoftPruning:
                     continue
                 dim = layer.out_dim if layer and dims[layer.out_dim] is not None else 0
                 tensors[key].index_fill_(dim, torch.from_numpy(np.flatnonzero(~keep[dims[dim]])).to(tensors[key].device), 0)
+
+
+class Sparsity(NamedTuple):
+    """What a training does towards it."""
+
+    slimming: Slimming | None = None
+    soft_pruning: SoftPruning | None = None
+
+
+def build_sparsity(config: TrainConfig, graph: ChannelGraph, model: nn.Module) -> Sparsity:
+    """Of `--slim` and `--soft-prune`; a step's loss sums over its images, and so does the penalty."""
+    images = config.batch_size * accumulation(config.batch_size)
+    slimming = Slimming(graph, model, config.slim * images) if config.slim else None
+    score = {"sfp": l2, "fpgm": fpgm}.get(config.soft_prune)
+    return Sparsity(slimming, SoftPruning(graph, score, config.soft_ratio) if score else None)

@@ -23,7 +23,7 @@ class Stepper:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma, device: torch.device, dtype: torch.dtype,
                  penalty: Callable[[], None] | None = None) -> None:
         self.model, self.optimizer, self.ema, self.device, self.dtype, self.penalty = model, optimizer, ema, device, dtype, penalty
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         # Only fp16 can underflow; elsewhere the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._gathered = 0
