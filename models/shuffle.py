@@ -36,7 +36,9 @@ class ChannelSplit(nn.Module):
         half = self.sizes[0] if self.sizes else len(keep[0]) // 2
         return [int(keep[0][:half].sum()), int(keep[0][half:].sum())]
 
-    def narrow(self, sizes: Sequence[int]) -> None:
+    def narrow(self, sizes: Sequence[int | None]) -> None:
+        if len(sizes) != 2 or None in sizes:
+            raise ValueError(f"a split takes two numbers, found {list(sizes)}")
         self.sizes = tuple(sizes)
 
 
@@ -58,7 +60,7 @@ class ChannelShuffle(nn.Module):
         return places[order[kept[order]]].tolist()
 
     def narrow(self, order: Sequence[int]) -> None:
-        if sorted(order) != list(range(len(order))):
+        if set(order) != set(range(len(order))):
             raise ValueError("a shuffle's order names each of its channels once")
         self.order = torch.tensor(order, device="cpu")
 
