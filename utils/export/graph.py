@@ -1,6 +1,7 @@
 """The graph that leaves PyTorch: a network and its decoding as one module with one output."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class InferenceGraph(nn.Module):
 
     Args:
         network: for inference: fused, in eval mode.
-        half: the network computes in fp16; images and boxes stay float32. The network's own weights become fp16 by this.
+        half: a copy of the network computes in fp16; images and boxes stay float32.
     """
 
     def __init__(self, network: Detector, *, half: bool = False) -> None:
@@ -34,7 +35,7 @@ class InferenceGraph(nn.Module):
         self.strides = tuple(network.strides)
         self.register_buffer("anchors_px", network.anchors_px.detach().float().clone())
         self.dtype = torch.float16 if half else torch.float32
-        self.network = network.to(self.dtype)
+        self.network = copy.deepcopy(network).half() if half else network
 
     def forward(self, images: Tensor) -> Tensor:
         return decode_maps(self.network(images.to(self.dtype)), self.anchors_px, self.strides)
