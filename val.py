@@ -1,6 +1,7 @@
-"""Score a checkpoint on a data set: precision, recall, F1 and COCO's mAP, with curves and pictures.
+"""Score a checkpoint, or a file exported from one, on a data set: precision, recall, F1 and COCO's mAP, with curves and pictures.
 
     python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml
+    python val.py --weights runs/train/exp/weights/best.onnx --data bccd.yaml
     python val.py --weights yolov5n.pt --data coco128.yaml --task train --save-json
 """
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import DEFAULT_IMGSZ, ValConfig, parse
+from utils.config import ValConfig, parse
 from utils.errors import script
 from utils.threads import wait_politely
 
@@ -18,13 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ValConfig, argv, "Score a checkpoint on a data set.")
     wait_politely()
     # PyTorch and what needs it come in only now, so that --help answers at once.
-    import torch
-
     from models.plugin import load_plugin
-    from models.yolo import model_from_checkpoint
-    from utils.checkpoint import load_checkpoint
+    from models.weights import open_weights
     from utils.data.open import open_splits, val_loader
-    from utils.device import compute_dtype, describe, keep_freed_memory, select_device
+    from utils.device import keep_freed_memory
     from utils.evaluate.official import pycocotools_scores
     from utils.evaluate.output import save_json, save_txt
     from utils.evaluate.table import score_table
@@ -36,22 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.plots.run import draw_validation
 
     keep_freed_memory()
-    device = select_device(config.device)
-    dtype = compute_dtype(config.compute_precision, device)
     load_plugin(config.plugin)
-    checkpoint = load_checkpoint(config.weights)
-    model = model_from_checkpoint(checkpoint, config.weights)
+    weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
+    imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
-    check_classes(model.names, split.names, config.single_cls, config.weights)
-    network = model.fused().to(device, memory_format=torch.channels_last)
-    imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
-    loader = val_loader(split, imgsz, config.batch_size, model.pad_stride, config.workers, device)
+    check_classes(weights.names, split.names, config.single_cls, config.weights)
+    loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, weights.device)
+    network = Augmented(weights.network) if config.augment else weights.network
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
-    result = validate(Augmented(network) if config.augment else network, loader, split, device, dtype, nms, single_cls=config.single_cls)
+    result = validate(network, loader, split, weights.device, weights.dtype, nms, single_cls=config.single_cls)
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))
     info(f"speed: {result.speed.load:.1f} ms waiting for images, {result.speed.inference:.1f} ms inference, {result.speed.nms:.1f} ms NMS an image "
-         f"at {imgsz} px, batch {config.batch_size}, on {describe(device, dtype)}")
+         f"at {imgsz} px, batch {config.batch_size}, on {weights.description}")
     if config.task != "speed":
         folder = new_run_dir(config.project, config.name, config.exist_ok)
         if config.save_txt:

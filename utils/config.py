@@ -103,7 +103,7 @@ class TrainConfig(DataOptions, NewRun):
 
 @dataclass(frozen=True)
 class InferenceOptions(NewRun):
-    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx file or *_openvino_model folder", required=True)
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
     save_txt: bool = option(False, "write labels/NAME.txt for each image")
@@ -131,6 +131,7 @@ class ValConfig(DataOptions, InferenceOptions):
 @dataclass(frozen=True)
 class DetectConfig(InferenceOptions):
     source: str = option("", "image, folder, glob, list file, video, webcam number or stream URL", required=True)
+    data: str = option("", "data YAML whose class names an exported file takes that tells none itself")
     imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
                                            check=SIZES, aliases=("--img", "--img-size"))
     conf_thres: float = option(0.25, "least confidence", check=UNIT, aliases=("--conf",))
@@ -147,6 +148,22 @@ class DetectConfig(InferenceOptions):
     hide_labels: bool = option(False, "draw boxes without labels")
     hide_conf: bool = option(False, "draw labels without confidences")
     project: str = option("runs/detect", "folder of runs")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino", nargs="+", type=str)
+    imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
+                                           check=SIZES, aliases=("--img", "--img-size"))
+    batch_size: int = option(1, "images a batch, where not --dynamic", check=POSITIVE, aliases=("--batch",))
+    dynamic: bool = option(False, "a graph for any batch and image size; else for these alone")
+    half: bool = option(False, "fp16 weights; images and boxes stay float32")
+    opset: int = option(17, "of ONNX", check=POSITIVE)
+    data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")
+    data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
+    device: str = option("cpu", "where the checkpoint runs that each file is compared with; conversion and files run on the CPU")
+    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -133,10 +135,35 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place, and that of a folder before it, only when the block ends well."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "a file is there, where a folder is to be written", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, before = (path.with_name(f".{path.name}.{uuid.uuid4().hex}") for _ in range(2))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for inside in temporary.iterdir():
+            with open(inside, "rb") as file:
+                os.fsync(file.fileno())
+        if path.exists():
+            path.rename(before)
+        temporary.rename(path)
+    finally:
+        for folder in (temporary, before):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what atomic writes that were killed left in `folder`, where nothing writes now."""
     for path in folder.glob(f".*.{'[0-9a-f]' * 32}*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def is_writable(path: Path) -> bool:

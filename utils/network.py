@@ -38,6 +38,11 @@ def infer(network: Network, images: Tensor, device: torch.device, dtype: torch.d
     return outputs, decoded
 
 
+def images_at_once(device: torch.device) -> int:
+    """Threads of `inference_threads`, each with an image of its own."""
+    return min(torch.get_num_threads(), _MAX_WORKERS) if device.type == "cpu" else 1
+
+
 @contextmanager
 def inference_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Threads that share a CPU's cores between images rather than within one, and their number.
@@ -45,8 +50,7 @@ def inference_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor
     Two images on a core each finish sooner than one after the other on two cores: within one image the cores wait for each other after
     every layer, and a core that decodes or encodes meanwhile makes all of them late (docs/results.md). A GPU takes one batch at a time.
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, _MAX_WORKERS) if device.type == "cpu" else 1
+    threads, workers = torch.get_num_threads(), images_at_once(device)
     pool = ThreadPoolExecutor(workers, "inference", initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),))
     try:
         yield pool, workers

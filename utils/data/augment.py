@@ -34,8 +34,8 @@ def pad(image: np.ndarray, place: Letterbox, target: tuple[int, int]) -> np.ndar
     return cv2.copyMakeBorder(image, place.top, bottom, place.left, right, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
 
 
-def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int) -> tuple[np.ndarray, Letterbox]:
-    """Fit an image into `imgsz` (height, width), its aspect kept, and pad each side to the next multiple of `stride`.
+def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int | None) -> tuple[np.ndarray, Letterbox]:
+    """Fit an image into `imgsz` (height, width), its aspect kept, and pad each side to the next multiple of `stride`; to `imgsz` itself if None.
 
     Bilinear, whichever way it scales, unlike `resize`: published figures of detection come from bilinear images, those of validation from averaged
     ones, and the other filter moves boxes by up to 10 px.
@@ -43,7 +43,7 @@ def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int) -> tuple[n
     height, width = image.shape[:2]
     longer = min(imgsz[0] * max(height, width) // height, imgsz[1] * max(height, width) // width)
     scaled = scaled_to((width, height), longer)
-    target = math.ceil(scaled[0] / stride) * stride, math.ceil(scaled[1] / stride) * stride
+    target = (math.ceil(scaled[0] / stride) * stride, math.ceil(scaled[1] / stride) * stride) if stride else (imgsz[1], imgsz[0])
     resized = image if scaled == (width, height) else cv2.resize(image, scaled, interpolation=cv2.INTER_LINEAR)
     place = centre_in((width, height), scaled, target)
     return pad(resized, place, target), place

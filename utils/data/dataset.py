@@ -150,11 +150,13 @@ def rect_order(split: Split) -> np.ndarray:
     return np.argsort(split.sizes[:, 1] / split.sizes[:, 0], kind="stable")
 
 
-def rect_targets(split: Split, imgsz: int, stride: int, batch_size: int, pad: float = 0.5) -> np.ndarray:
+def rect_targets(split: Split, imgsz: int, stride: int | None, batch_size: int, pad: float = 0.5) -> np.ndarray:
     """(N, 2) width, height for each image: the shape that its batch of `rect_order` shares, `ceil(side * imgsz / stride + pad) * stride`.
 
-    `side` is the largest of the batch, relative to each image's longer one.
+    `side` is the largest of the batch, relative to each image's longer one. Without a stride all are squares of `imgsz`.
     """
+    if stride is None:
+        return np.full((len(split.sizes), 2), imgsz, np.int64)
     sides = split.sizes / split.sizes.max(1, keepdims=True)
     targets = np.empty((len(sides), 2), np.int64)
     order = rect_order(split)

@@ -22,7 +22,7 @@ class Predictor:
     Args:
         network: ready for inference on `device`.
         names: of its classes.
-        stride: images are padded to multiples of it.
+        stride: images are padded to multiples of it; None: to `imgsz` itself.
         imgsz: (height, width) that an image is fitted into, pixels.
         options: which boxes remain.
         dtype: of convolutions and matrix products.
@@ -31,8 +31,8 @@ class Predictor:
         UserError: `options.classes` names a class that the network doesn't know.
     """
 
-    def __init__(self, network: Network, names: Sequence[str], stride: int, imgsz: tuple[int, int], options: NmsOptions, device: torch.device,
-                 dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: Network, names: Sequence[str], stride: int | None, imgsz: tuple[int, int], options: NmsOptions,
+                 device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         unknown = [c for c in options.classes or () if not 0 <= c < len(names)]
         if unknown:
             shown = " ".join(map(str, unknown))

@@ -1,14 +1,9 @@
 """Ways to run a network on this machine, behind one interface: PyTorch, TorchScript, ONNX Runtime and OpenVINO."""
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
-import sys
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.device import PRECISION, autocast, cpu_has_native_bf16
 from utils.errors import UserError
+from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
 
@@ -114,8 +110,8 @@ def pytorch_run(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
 
 def _torchscript(network: nn.Module, images: Tensor) -> Run:
     images = images.contiguous(memory_format=torch.channels_last)
-    with _quiet():
-        frozen = torch.jit.freeze(_trace(network, images))
+    with quiet():
+        frozen = torch.jit.freeze(trace(network, images))
 
     @torch.inference_mode()
     def run() -> Sequence[Tensor]:
@@ -141,36 +137,18 @@ def _onnxruntime(network: nn.Module, images: Tensor) -> Run:
     options.log_severity_level = 3  # errors, which also raise
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else its idle threads slow whatever is timed next
     images = images.contiguous()
-    with TemporaryDirectory() as folder, _quiet(), _plain_attention():
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        _export_onnx(network, images, path)
+        to_onnx(network, images, path)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: [torch.from_numpy(maps) for maps in session.run(None, feed)]
 
 
-def _export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
-    """By PyTorch's older exporter, which is much the faster; by its newer one where the older fails or is gone."""
-    try:
-        torch.onnx.export(network, (images,), str(path), dynamo=False)
-    except Exception as older:
-        if not is_installed("onnxscript"):
-            raise RuntimeError(f"{_first_line(older)} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
-        try:
-            torch.onnx.export(network, (images,), str(path), dynamo=True, verbose=False)
-        except Exception as newer:
-            raise RuntimeError(f"PyTorch's two exporters fail: {_first_line(older)}; {_first_line(newer.__cause__ or newer)}") from newer
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _openvino(network: nn.Module, images: Tensor) -> Run:
     openvino = import_extra("openvino")
     images = images.contiguous()
-    with _quiet(), _plain_attention():
-        converted = openvino.convert_model(_trace(network, images), example_input=images, input=[tuple(images.shape)])
+    converted = to_openvino(network, images)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(converted, "CPU", settings)
     request, levels, array = compiled.create_infer_request(), range(len(compiled.outputs)), images.numpy()
@@ -180,50 +158,6 @@ def _openvino(network: nn.Module, images: Tensor) -> Run:
         return [torch.from_numpy(maps[i]) for i in levels]
 
     return run
-
-
-@torch.no_grad()
-def _trace(network: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
-    return torch.jit.trace(network, images, check_trace=False)  # the check would run it again and again
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """nn.MultiheadAttention as matrix products: without gradients it is one operator that only PyTorch knows."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch announces the end of what it still has no fast replacement for, and warns of shapes that are fixed here on purpose."""
-    with warnings.catch_warnings(), _no_stdout():
-        warnings.filterwarnings("ignore", message=r".*`torch\.jit\.\w+` is deprecated")
-        warnings.filterwarnings("ignore", message="You are using the legacy TorchScript-based ONNX export")
-        warnings.filterwarnings("ignore", message="The feature will be removed", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        yield
-
-
-@contextmanager
-def _no_stdout() -> Iterator[None]:
-    """Where PyTorch's exporter meets an operator that it doesn't know, it prints the whole graph, past Python's stdout; then it raises."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        sys.stdout.flush()
-        with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 RUNTIMES = (

@@ -1,0 +1,64 @@
+"""Export a checkpoint to other runtimes; every file is compared with it on real images before it is called done.
+
+    python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino --data bccd.yaml
+    python export.py --weights yolov5n.pt --include onnx --imgsz 384 640 --half
+    python export.py --weights best.pt --include openvino --dynamic
+
+Exit code 1: some format failed, which its line names; the others are done.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from utils.config import DEFAULT_IMGSZ, ExportConfig, parse
+from utils.errors import UserError, script
+from utils.threads import wait_politely
+
+
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(ExportConfig, argv, "Export a checkpoint to other runtimes.")
+    wait_politely()
+    # PyTorch and what needs it come in only now, so that --help answers at once.
+    import copy
+    from pathlib import Path
+
+    from models.plugin import load_plugin
+    from models.yolo import model_from_checkpoint
+    from utils.checkpoint import load_checkpoint
+    from utils.device import keep_freed_memory, select_device
+    from utils.export.check import check_images
+    from utils.export.formats import ExportJob, choose_formats
+    from utils.export.metadata import ExportMetadata
+    from utils.export.produce import produce
+    from utils.log import info
+
+    keep_freed_memory()
+    formats = choose_formats(config.include)
+    device = select_device(config.device)
+    load_plugin(config.plugin)
+    checkpoint = load_checkpoint(config.weights)
+    network = model_from_checkpoint(checkpoint, config.weights).fused().requires_grad_(False)
+    images = check_images(config.data, config.data_root)
+    sides = config.imgsz or (checkpoint.imgsz or DEFAULT_IMGSZ,)
+    imgsz = network.whole_strides(sides[0]), network.whole_strides(sides[-1])
+    weights = Path(config.weights).expanduser()
+    metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name)
+    job = ExportJob(network, metadata, config.batch_size, config.opset)
+    reference = copy.deepcopy(network).to(device) if device.type == "cuda" else network
+    info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}")
+
+    failed = 0
+    for kind in formats:
+        try:
+            path = produce(job, kind, weights.with_suffix(""), images, reference, device)
+            info(f"    python detect.py --weights {path} --source …")
+        except UserError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""An exported file as a network: what a checkpoint's network tells and does, whatever runtime does the work."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.export.metadata import foreign_facts, metadata_from_props
+from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.files import ROOT, find_file, read_yaml
+from utils.network import images_at_once
+
+_CPU = torch.device("cpu")
+_USUAL_STRIDE = 32  # of a network that doesn't tell
+OPENVINO_SUFFIX = "_openvino_model"
+_NO_NAMES = "its metadata tells no class names (key light_yolo, or YOLOv5's names): name them with --data, the YAML that it was trained on"
+
+
+class ExportedNetwork:
+    """A `Network` (utils/network.py) on the CPU; several threads may share it. Its output is decoded already.
+
+    Attributes:
+        metadata: None in files of other projects.
+        names: of the classes.
+        strides: of the levels, pixels; of another project's file the largest alone.
+        fixed: (height, width) of the images where it takes no other, else None.
+        imgsz: (height, width) that it was made for, where it says so.
+        description: runtime, version, precision and threads.
+    """
+
+    def __init__(self, path: Path, session: Session, names: Callable[[], Sequence[str]] | None = None) -> None:
+        """
+        Args:
+            names: asked where the file itself tells none.
+
+        Raises:
+            UserError: it is no such detector, or its metadata is damaged.
+        """
+        self.path, self._session = path, session
+        batch, height, width = _image_shape(path, session.inputs)
+        self._batch = batch
+        self.fixed = (height, width) if height and width else None
+        self.metadata = metadata_from_props(session.props, str(path))
+        if self.metadata:
+            self.names, self.strides = self.metadata.names, self.metadata.strides
+        else:
+            told, stride = foreign_facts(session.props)
+            if not told and names is None:
+                raise UserError(f"{path}: {_NO_NAMES}")
+            self.names, self.strides = told or tuple(names()), (stride or _USUAL_STRIDE,)
+        self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
+        self.description = session.description
+        self._check_boxes(session.outputs)
+
+    @property
+    def max_stride(self) -> int:
+        return max(self.strides)
+
+    @property
+    def pad_stride(self) -> int | None:
+        """Images are padded to multiples of it; None: to the whole size."""
+        return None if self.fixed else max(self.max_stride, _USUAL_STRIDE)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in 0..1 -> (B, N, 5 + C) float32; a file of a fixed batch size runs as often as that takes.
+
+        Raises:
+            UserError: images of another size than it takes, or a graph that fails on them.
+        """
+        size = tuple(images.shape[2:])
+        if self.fixed and size != self.fixed:
+            raise UserError(f"{self.path}: takes images of {_size(self.fixed)} px only, not of {_size(size)}: export it with --dynamic, "
+                            f"or with --imgsz {size[0]} {size[1]}")
+        array = np.ascontiguousarray(images.numpy(force=True), self._session.dtype)
+        step = self._batch or len(array)
+        boxes = [self._run(array[start : start + step], step) for start in range(0, len(array), step)]
+        return torch.from_numpy(boxes[0] if len(boxes) == 1 else np.concatenate(boxes)).float()
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def _run(self, images: np.ndarray, batch: int) -> np.ndarray:
+        """At most `batch` images, filled up to as many."""
+        count = len(images)
+        if count < batch:
+            images = np.concatenate((images, np.zeros((batch - count, *images.shape[1:]), images.dtype)))
+        try:
+            boxes = self._session(images)
+        except Exception as error:  # of a kernel: of any kind
+            raise UserError(f"{self.path}: fails on images of {_size(images.shape[2:])} px: {short_reason(error)}") from None
+        self._check_boxes(boxes.shape)
+        return boxes[:count]
+
+    def _check_boxes(self, shape: Shape | None) -> None:
+        columns = 5 + len(self.names)
+        if shape is None or len(shape) != 3 or shape[2] not in (None, columns):
+            found = "?" if shape is None else " x ".join("any" if side is None else str(side) for side in shape)
+            raise UserError(f"{self.path}: its output is {found}, where a YOLOv5-like detector of its {len(self.names)} classes has "
+                            f"images x boxes x {columns}: is it another kind of network, or --data of other classes?")
+
+
+def open_network(
+    path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
+) -> ExportedNetwork:
+    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+
+    Args:
+        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime computes in what the file holds.
+        names: gives the classes of a file that tells none.
+        threads: PyTorch's number where None.
+        at_once: callers that will run images side by side; as many as `inference_threads` starts where None.
+
+    Raises:
+        UserError: no such file, its runtime is not installed, or it is no whole detector.
+    """
+    found = find_exported(path)
+    threads = threads or torch.get_num_threads()
+    at_once = min(at_once or images_at_once(_CPU), threads)
+    if found.suffix == ".onnx":
+        return ExportedNetwork(found, OnnxSession(found, threads, at_once), names)
+    session = OpenvinoSession(found, threads, at_once, bf16)
+    session.props = _beside(found) | session.props
+    return ExportedNetwork(found, session, names)
+
+
+def is_exported(path: str | Path) -> bool:
+    """By its name alone: whether `open_network` is the one to ask."""
+    path = Path(path)
+    return path.suffix in (".onnx", ".xml") or path.name.endswith(OPENVINO_SUFFIX)
+
+
+def find_exported(path: str | Path) -> Path:
+    """The .onnx or .xml file; of a folder the .xml in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path).expanduser()
+    folder = next((folder for folder in (path, ROOT / path) if folder.is_dir()), None)
+    if folder is None:
+        return find_file(path, [ROOT], "exported network (exported by export.py)")
+    inside = sorted(folder.glob("*.xml"))
+    if len(inside) != 1:
+        raise UserError(f"{folder}: holds {len(inside) or 'no'} .xml files, where an OpenVINO model has one: name the file itself, or export again")
+    return inside[0]
+
+
+def _beside(xml: Path) -> dict[str, str]:
+    """Names and stride of the YAML that YOLOv5 writes beside its OpenVINO models."""
+    files = sorted(xml.parent.glob("*.yaml"))
+    content = read_yaml(files[0]) if len(files) == 1 else {}
+    return {key: repr(content[key]) for key in ("names", "stride") if key in content}
+
+
+def _image_shape(path: Path, shape: Shape | None) -> tuple[int | None, int | None, int | None]:
+    """Batch, height and width of the graph's input, None where any will do."""
+    if shape is None or len(shape) != 4 or shape[1] != 3 or (shape[2] is None) != (shape[3] is None):
+        raise UserError(f"{path}: does not take one batch of images x 3 x height x width: it is another kind of network")
+    return shape[0], shape[2], shape[3]
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"

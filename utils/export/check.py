@@ -1,0 +1,143 @@
+"""The proof that an exported file finds what its checkpoint finds: the same images through both, raw outputs and final boxes compared."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from utils.data.augment import letterbox
+from utils.data.images import read_image
+from utils.data.labels import load_split
+from utils.data.scenes import render
+from utils.data.spec import load_data_spec
+from utils.errors import UserError
+from utils.network import Network, infer
+from utils.nms import NmsOptions, non_max_suppression
+
+CONFIDENCE = 0.25  # final boxes above it are compared
+_MOST_BOXES = 300  # of an image
+_IMAGES = 8
+_TOGETHER = 4  # images of a batch
+
+
+class Tolerance(NamedTuple):
+    """What a partner of a box may differ by."""
+
+    iou: float  # at least
+    conf: float  # at most
+
+
+TOLERANCES = {"fp32": Tolerance(0.99, 0.01), "fp16": Tolerance(0.95, 0.03)}  # by the file's precision
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an exported file is from its checkpoint on some images.
+
+    Attributes:
+        box_px: largest and mean difference of the raw boxes' centres and sides.
+        score: likewise of objectness and class probabilities.
+        boxes: final boxes of both, above `threshold`.
+        unmatched: those without a partner in the other.
+    """
+
+    box_px: tuple[float, float]
+    score: tuple[float, float]
+    images: int
+    boxes: int
+    unmatched: int
+    threshold: float
+
+    @property
+    def holds(self) -> bool:
+        return self.boxes > 0 and self.unmatched == 0
+
+    def __str__(self) -> str:
+        matched = f"all {self.boxes} boxes above {self.threshold:.2g} have their partner" if self.holds else (
+            f"{self.unmatched} of {self.boxes} boxes above {self.threshold:.2g} have no partner" if self.boxes else "no boxes to compare")
+        return (f"raw outputs of {self.images} images differ by max {self.box_px[0]:.2g}, mean {self.box_px[1]:.2g} px in boxes and "
+                f"max {self.score[0]:.2g}, mean {self.score[1]:.2g} in scores; {matched}")
+
+
+def check_images(data: str = "", data_root: str = "") -> list[np.ndarray]:
+    """A few images (H, W, 3) uint8 BGR, evenly from the val split of a data YAML where one is named, else generated."""
+    if not data:
+        return [render(seed).image for seed in range(_IMAGES)]
+    images = load_split(load_data_spec(data, data_root or None), "val").images
+    count = min(_IMAGES, len(images))
+    return [read_image(images[n * len(images) // count]) for n in range(count)]
+
+
+def check_batches(images: Sequence[np.ndarray], imgsz: tuple[int, int], stride: int | None) -> list[Tensor]:
+    """(H, W, 3) uint8 BGR images as batches (B, 3, h, w) uint8 RGB of `imgsz`; where any size will do, also each in a shape of its own.
+
+    Args:
+        stride: that shapes are multiples of; None: `imgsz` alone.
+    """
+    whole = torch.cat([_to_tensor(image, imgsz, None) for image in images])
+    return [*whole.split(_TOGETHER), *([_to_tensor(image, imgsz, stride) for image in images] if stride else [])]
+
+
+def _to_tensor(image: np.ndarray, imgsz: tuple[int, int], stride: int | None) -> Tensor:
+    padded, _ = letterbox(image, imgsz, stride)
+    return torch.from_numpy(cv2.cvtColor(padded, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)[None]
+
+
+def compare(reference: Network, exported: Network, batches: Iterable[Tensor], tolerance: Tolerance, device: torch.device) -> Agreement:
+    """The same batches (B, 3, H, W) uint8 through both.
+
+    Every final box of one needs a partner among all boxes of the other, before suppression: which of near twins survives may hang on the last
+    digit. Where the reference is sure of nothing, its best boxes are compared, with a tolerance of confidence as much smaller.
+
+    Args:
+        device: of the reference; the exported one takes images from the CPU.
+
+    Raises:
+        UserError: they give another number of boxes.
+    """
+    pairs = [_both(reference, exported, batch, device) for batch in batches]
+    best = max(float(a[..., 4:5].mul(a[..., 5:]).nan_to_num(0).max()) for a, _ in pairs)
+    threshold = min(CONFIDENCE, best / 2)
+    tolerance = tolerance._replace(conf=tolerance.conf * threshold / CONFIDENCE)
+    options = NmsOptions(threshold, max_det=_MOST_BOXES)
+    boxes = unmatched = 0
+    for pair in pairs:
+        for ours, others in (pair, pair[::-1]):
+            for final, image in zip(non_max_suppression(ours, options), others, strict=True):
+                boxes += len(final)
+                unmatched += _without_partner(final, image, tolerance)
+    return Agreement(_distance(pairs, slice(0, 4)), _distance(pairs, slice(4, None)), sum(len(a) for a, _ in pairs), boxes, unmatched, threshold)
+
+
+def _both(reference: Network, exported: Network, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    ours, others = infer(reference, batch, device, torch.float32)[1].cpu(), infer(exported, batch, torch.device("cpu"), torch.float32)[1]
+    if ours.shape != others.shape:
+        height, width = batch.shape[2:]
+        raise UserError(f"gives {others.shape[1]} boxes for an image of {height}x{width} px, where the checkpoint gives {ours.shape[1]}")
+    return ours, others
+
+
+def _without_partner(final: Tensor, decoded: Tensor, tolerance: Tolerance) -> int:
+    """Final boxes (n, 6) for which no decoded one (N, 5 + C) of their class is near enough in place and confidence."""
+    near = box_iou(_visible(xyxy_to_cxcywh(final[:, :4])), _visible(decoded[:, :4])) >= tolerance.iou  # (n, N)
+    scores = (decoded[:, 5:] * decoded[:, 4:5])[:, final[:, 5].long()].T
+    alike = (scores - final[:, 4:5]).abs() <= tolerance.conf
+    return int((~(near & alike).any(1)).sum())
+
+
+def _visible(cxcywh: Tensor) -> Tensor:
+    """Corners of boxes at least a pixel wide and high: of smaller ones rounding leaves no area to compare."""
+    return cxcywh_to_xyxy(torch.cat((cxcywh[:, :2], cxcywh[:, 2:].clamp(min=1)), 1))
+
+
+def _distance(pairs: Sequence[tuple[Tensor, Tensor]], columns: slice) -> tuple[float, float]:
+    """Largest and mean absolute difference."""
+    differences = torch.cat([(a[..., columns] - b[..., columns]).abs().flatten() for a, b in pairs])
+    return float(differences.max()), float(differences.mean())

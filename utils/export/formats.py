@@ -1,0 +1,94 @@
+"""What a network can be exported to: for each format its packages, its file's name and its writer. A new format is a new row."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.export.backends import OPENVINO_SUFFIX
+from utils.export.converters import to_onnx, to_openvino
+from utils.export.graph import Detector, InferenceGraph
+from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
+from utils.extras import import_extra, is_installed
+from utils.files import did_you_mean
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What to export, and how.
+
+    Attributes:
+        network: fused, float32, on the CPU.
+        opset: of ONNX; None leaves it to PyTorch.
+    """
+
+    network: Detector
+    metadata: ExportMetadata
+    batch_size: int = 1
+    opset: int | None = None
+
+    @property
+    def half(self) -> bool:
+        return self.metadata.precision == "fp16"
+
+    def example(self) -> torch.Tensor:
+        """Images to trace with."""
+        return torch.zeros(self.batch_size, 3, *self.metadata.imgsz)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Attributes:
+    packages: that write and check it.
+    suffix: of its file's name, after that of the checkpoint.
+    is_folder: of several files.
+    write: makes the file, or the files in a folder that is there.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    suffix: str
+    is_folder: bool
+    write: Callable[[ExportJob, Path], None]
+
+    def missing(self) -> str | None:
+        """Which pip install it lacks; None where all is there."""
+        absent = [package for package in self.packages if not is_installed(package)]
+        return f"pip install {' '.join(absent)}" if absent else None
+
+
+def write_onnx(job: ExportJob, path: Path) -> None:
+    graph = InferenceGraph(job.network, half=job.half)
+    to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
+    stamp_onnx(path, job.metadata)
+
+
+def write_openvino(job: ExportJob, folder: Path) -> None:
+    """With half, the weights are stored in fp16 and the processor computes as it does best."""
+    model = to_openvino(InferenceGraph(job.network), job.example(), dynamic=job.metadata.dynamic)
+    stamp_openvino(model, job.metadata)
+    import_extra("openvino").save_model(model, folder / f"{Path(job.metadata.source).stem}.xml", compress_to_fp16=job.half)
+
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx),
+        Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino),
+    )
+}
+
+
+def choose_formats(asked: Sequence[str]) -> list[Format]:
+    """The formats of these names, each once.
+
+    Raises:
+        UserError: no such format.
+    """
+    for name in asked:
+        if name not in FORMATS:
+            raise UserError(f"--include {name}: no such format{did_you_mean(name, FORMATS)}; there are {', '.join(FORMATS)}")
+    return [FORMATS[name] for name in dict.fromkeys(asked)]

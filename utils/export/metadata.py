@@ -1,0 +1,142 @@
+"""What an exported file says of itself, kept inside the file: text in an ONNX file's metadata_props or an OpenVINO model's rt_info."""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.extras import import_extra
+
+if TYPE_CHECKING:
+    import openvino
+
+    from utils.export.graph import Detector
+
+KEY = "light_yolo"  # of our own text; `names` and `stride` lie beside it as Python literals, for programs that read YOLOv5's files
+FORMAT, VERSION = "light-yolo export", 1
+PRECISIONS = ("fp32", "fp16", "int8")
+_MEND = "export it again from its checkpoint"
+
+
+@dataclass(frozen=True)
+class ExportMetadata:
+    """Attributes:
+    names: of the classes.
+    strides: of the levels, pixels.
+    imgsz: (height, width) that it was exported for, pixels; the only size that it takes unless dynamic.
+    dynamic: takes any batch, height and width.
+    anchors: of each level, width and height in pixels in turn.
+    precision: of the weights, one of PRECISIONS.
+    source: file name of the checkpoint.
+    """
+
+    names: tuple[str, ...]
+    strides: tuple[int, ...]
+    imgsz: tuple[int, int]
+    dynamic: bool
+    anchors: tuple[tuple[float, ...], ...]
+    precision: str
+    source: str
+
+    @classmethod
+    def of(cls, network: Detector, imgsz: tuple[int, int], *, dynamic: bool, precision: str, source: str) -> ExportMetadata:
+        """What the network tells of itself beside what its export does."""
+        anchors = tuple(tuple(level.flatten().tolist()) for level in network.anchors_px)
+        return cls(tuple(network.names), tuple(network.strides), imgsz, dynamic, anchors, precision, source)
+
+    def to_props(self) -> dict[str, str]:
+        """As text by key."""
+        own = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        return {KEY: own, "names": repr(dict(enumerate(self.names))), "stride": str(max(self.strides))}
+
+
+def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata | None:
+    """The metadata that `to_props` made; None where there is none, as in the files of other projects.
+
+    Raises:
+        UserError: it is damaged, or of a newer version.
+    """
+    if KEY not in props:
+        return None
+    try:
+        content = json.loads(props[KEY])
+        version = content.pop("version")
+        if content.pop("format") != FORMAT or type(version) is not int:
+            raise ValueError
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{origin}: its metadata {KEY} can't be read: {_MEND}") from None
+    if version > VERSION:
+        raise UserError(f"{origin}: is of a newer format version, this program reads up to {VERSION}: update the program")
+    wrong = [name for name, check in _WELL_FORMED.items() if not check(content.get(name))]
+    if wrong:
+        raise UserError(f"{origin}: its metadata's {' and '.join(wrong)} can't be understood: {_MEND}")
+    return ExportMetadata(**{name: _tuples(content[name]) for name in _WELL_FORMED})
+
+
+def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
+    """Class names and largest stride as YOLOv5's own exports tell them, in Python literals; nothing, and None, where they don't."""
+    names, stride = _literal(props.get("names")), _literal(props.get("stride"))
+    if isinstance(names, dict):
+        names = [names.get(n) for n in range(len(names))]
+    found = tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
+    return found, stride if type(stride) is int and stride > 0 else None
+
+
+def stamp_onnx(path: Path, metadata: ExportMetadata) -> None:
+    """Write metadata into an ONNX file; what it says otherwise stays."""
+    onnx = import_extra("onnx")
+    model = onnx.load(str(path))
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, kept | metadata.to_props())
+    onnx.save(model, str(path))
+
+
+def stamp_openvino(model: openvino.Model, metadata: ExportMetadata) -> None:
+    """Write metadata into an OpenVINO model, which takes it along when it is saved."""
+    for key, value in metadata.to_props().items():
+        model.set_rt_info(value, [key])
+
+
+def openvino_props(model: openvino.Model) -> dict[str, str]:
+    """What `stamp_openvino` wrote, as far as it is there."""
+    return {key: str(model.get_rt_info([key]).value) for key in (KEY, "names", "stride") if model.has_rt_info([key])}
+
+
+def _literal(text: str | None) -> Any:
+    try:
+        return ast.literal_eval(text or "None")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_list(value: Any, check: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(check, value))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 1 << 16
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+_WELL_FORMED = {
+    "names": lambda v: _is_list(v, lambda name: isinstance(name, str)),
+    "strides": lambda v: _is_list(v, _is_size),
+    "imgsz": lambda v: _is_list(v, _is_size) and len(v) == 2,
+    "dynamic": lambda v: isinstance(v, bool),
+    "anchors": lambda v: _is_list(v, lambda level: _is_list(level, _is_side)),
+    "precision": lambda v: v in PRECISIONS,
+    "source": lambda v: isinstance(v, str),
+}

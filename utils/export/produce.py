@@ -1,0 +1,71 @@
+"""One exported file, from the network to its place: written beside it, checked, and only then moved there."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.export.backends import open_network
+from utils.export.check import TOLERANCES, Agreement, check_batches, compare
+from utils.export.formats import ExportJob, Format
+from utils.export.sessions import short_reason
+from utils.files import atomic_folder, atomic_write
+from utils.log import info
+from utils.network import Network
+
+
+def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device) -> Path:
+    """Write `job` in a format as `stem` and the format's suffix, whole and checked or not at all; one line tells how the check went.
+
+    Args:
+        images: (H, W, 3) uint8 BGR, to check it with.
+        reference: the network that the file must agree with, on `device`.
+
+    Raises:
+        UserError: a package is missing, the network can't be converted, or the file finds other boxes: it is then kept under another name.
+    """
+    if missing := kind.missing():
+        raise UserError(f"{kind.name}: {missing}")
+    path, aside = (stem.with_name(f"{name}{kind.suffix}") for name in (stem.name, f"{stem.name}.mismatch"))
+    start = time.perf_counter()
+    with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary:
+        agreement = _write_and_check(job, kind, temporary, images, reference, device)
+        if not agreement.holds:
+            _keep_aside(temporary, aside)
+            raise UserError(f"{kind.name}: does not find what the checkpoint finds: {agreement}; kept aside as {aside}")
+    info(f"{kind.name}: {path}: {_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s; {agreement}")
+    return path
+
+
+def _write_and_check(
+    job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device
+) -> Agreement:
+    try:
+        kind.write(job, path)
+        exported = open_network(path)
+        batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
+        return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
+    except UserError as error:
+        reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
+        raise UserError(f"{kind.name}: {reason}{'; without --dynamic it may go' if job.metadata.dynamic else ''}") from error
+    except OSError:
+        raise
+    except Exception as error:  # of a converter: of any kind
+        raise UserError(f"{kind.name}: this network can't be converted: {short_reason(error)}") from error
+
+
+def _keep_aside(path: Path, aside: Path) -> None:
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    os.replace(path, aside)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
