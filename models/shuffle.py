@@ -50,7 +50,12 @@ class ChannelShuffle(nn.Module):
         self.register_buffer("order", None, persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return shuffle_join(a, b) if self.order is None else torch.cat((a, b), 1).index_select(1, self.order)
+        if self.order is None:
+            return shuffle_join(a, b)
+        if not b.is_contiguous(memory_format=torch.channels_last):
+            return torch.cat((a, b), 1).index_select(1, self.order)
+        x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
+        return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
 
     def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
         """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""
