@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
 
 IMAGE = -1  # the source row that stands for the input image
-_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head")
+_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths")
 _IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
 _DETECT = "[[17, 20, 23], 1, Detect, [nc, anchors]]"
 _LARGEST = 100_000  # of every setting
 _MOST_BLOCKS = 1000  # over all rows, repeats counted; yolov5x6 has 96
 _MOST_ARGS = 100  # of one row, nested ones counted
+_MOST_WIDTHS = 1_000_000  # numbers, all layers together; a pruned yolov5x6 has some thousands
 _WORDS = {"None": None, "none": None, "null": None, "True": True, "False": False}
 
 
@@ -49,13 +52,27 @@ class ModelSpec:
     activation: str | None
     layers: tuple[LayerSpec, ...]
     rows: tuple[tuple[list[Any], ...], tuple[list[Any], ...]]  # backbone and head as written
+    widths: Mapping[str, tuple[int | None, ...]]  # of a pruned network: layer -> its channels, see models/narrow.py
 
     def to_dict(self) -> dict[str, Any]:
         anchors = self.anchors if isinstance(self.anchors, int) else [list(level) for level in self.anchors]
         settings = {"nc": self.nc, "depth_multiple": self.depth_multiple, "width_multiple": self.width_multiple, "anchors": anchors}
         if self.activation:
             settings["activation"] = self.activation
+        if self.widths:
+            settings["widths"] = {name: list(sizes) for name, sizes in self.widths.items()}
         return settings | {"backbone": [list(row) for row in self.rows[0]], "head": [list(row) for row in self.rows[1]]}
+
+    def to_yaml(self) -> str:
+        """A model YAML, a line for each row."""
+        lines = []
+        for key, value in self.to_dict().items():
+            rows = value.items() if isinstance(value, dict) else [("-", row) for row in value] if isinstance(value, list) else None
+            if rows is None:
+                lines.append(f"{key}: {_in_one_line(value)}")
+            else:
+                lines += [f"{key}:", *(f"  {name}{'' if name == '-' else ':'} {_in_one_line(row)}" for name, row in rows)]
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], origin: str, nc: int | None = None) -> ModelSpec:
@@ -85,13 +102,17 @@ class ModelSpec:
                 layers.append(_layer(row, len(layers), f"{origin}: row {len(layers)} ({part} {n})", depth, words))
         _check_blocks(layers, origin)
         _check_detect(layers, classes, anchors, origin)
-        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows)
+        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows, _widths(content.get("widths") or {}, origin))
 
 
 def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
     """The network of a YAML file, found as given, in models/, in models/hub/ or in models/timm/."""
     path = find_file(name, [ROOT / "models" / folder for folder in ("", "hub", "timm")], "model YAML")
     return ModelSpec.from_dict(read_yaml(path), path.name, nc)
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
 
 
 def _layer(row: Any, index: int, place: str, depth: float, words: Mapping[str, Any]) -> LayerSpec:
@@ -177,6 +198,18 @@ def _anchors(anchors: Any, origin: str) -> int | tuple[tuple[float, ...], ...]:
         for value in level:
             _number(value, f"anchors row {n}", origin)
     return tuple(tuple(level) for level in anchors)
+
+
+def _widths(widths: Any, origin: str) -> Mapping[str, tuple[int | None, ...]]:
+    if not isinstance(widths, dict) or not all(isinstance(name, str) and isinstance(sizes, list | tuple) for name, sizes in widths.items()):
+        raise UserError(f"{origin}: widths must name layers, each with a list of channel numbers, as prune.py writes them")
+    if sum(map(len, widths.values())) > _MOST_WIDTHS:
+        raise UserError(f"{origin}: widths: over {_MOST_WIDTHS:,} numbers")
+    for name, sizes in widths.items():
+        for size in sizes:
+            if size is not None and (type(size) is not int or not 0 <= size <= _LARGEST):
+                raise UserError(f"{origin}: widths of {name}: {size!r} is no whole number from 0 to {_LARGEST:,}, nor null")
+    return {name: tuple(sizes) for name, sizes in widths.items()}
 
 
 def _check_blocks(layers: list[LayerSpec], origin: str) -> None:
