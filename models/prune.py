@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
-from utils.compress.plan import Cost, Plan, first_of
 from utils.compress.trace import trace_channels
 from utils.measure.runtimes import pytorch_run
 from utils.measure.timing import time_interleaved
@@ -39,12 +39,12 @@ def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray
     return left.to(next(model.parameters()).device).eval()
 
 
-def latency_share(model: DetectionModel, graph: ChannelGraph, imgsz: int) -> Cost:
-    """A plan's latency, batch 1, eager fp32, as a share of the whole network's, which is timed beside it each time."""
+def latency_share(model: DetectionModel, graph: ChannelGraph, imgsz: int) -> Callable[[np.ndarray], float]:
+    """A choice's latency, batch 1, eager fp32, as a share of the whole network's, which is timed beside it each time."""
     images = torch.full((1, 3, imgsz, imgsz), 0.5, device=next(model.parameters()).device)
 
-    def cost(plan: Plan) -> float:
-        networks = {"whole": model, "left": remove_channels(model, graph, first_of(graph, plan))}
+    def cost(keep: np.ndarray) -> float:
+        networks = {"whole": model, "left": remove_channels(model, graph, keep)}
         runs = {name: pytorch_run(network.fused().to(memory_format=torch.channels_last), images, torch.float32) for name, network in networks.items()}
         latencies = time_interleaved(runs, _ROUNDS, title="latency").latencies
         return latencies["left"].p50_ms / latencies["whole"].p50_ms

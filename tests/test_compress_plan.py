@@ -6,18 +6,22 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from channels import Net, conv, graph_of
+from torch import Tensor, nn
+from transplant import lived_in
 
-from models.prune import channel_graph
+from models.prune import channel_graph, remove_channels
+from models.shuffle import ChannelSplit
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
+from utils.compress.importance import Scores
 from utils.compress.plan import (
     Limits,
     best_of,
     check_reachable,
     fill,
-    first_of,
     global_threshold,
     macs_share,
     meet,
@@ -28,10 +32,25 @@ from utils.compress.plan import (
 from utils.errors import UserError
 
 
+class Halves(nn.Module):
+    """A convolution and the halves of what it makes."""
+
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        self.conv, self.split = conv(c1, c2), ChannelSplit()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.split(self.conv(x))
+
+
 def chain(first: int, second: int) -> ChannelGraph:
     """Groups a and b of 1x1 convolutions without bias."""
     net = Net(lambda n, x: n.c(n.b(n.a(x))), a=conv(3, first, bias=False), b=conv(first, second, bias=False), c=conv(second, 5, bias=False))
     return graph_of(net)
+
+
+def equal_scores(graph: ChannelGraph) -> Scores:
+    return {group.name: np.ones(len(group.channels)) for group in graph.groups}
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +125,44 @@ def test_the_highest_scores_stay_and_of_equal_ones_the_first():
     assert keep[a.channels].tolist() == [False, True, False, True] and keep[b.channels].tolist() == [True, False, False] and keep[0]
 
 
+def test_a_layer_that_takes_a_part_of_a_group_keeps_an_input():
+    def forward(n: Net, x: Tensor) -> Tensor:
+        kept, worked = n.a(x)
+        return n.c(torch.cat((kept, n.b(worked)), 1))
+
+    net = Net(forward, a=Halves(3, 6), b=conv(3, 3), c=conv(6, 2))
+    graph = graph_of(net)
+    scores = {group.name: np.arange(len(group.channels), 0, -1.0) for group in graph.groups}  # the first half is the better one
+    a = graph.uses["a.conv.weight"][0]
+    assert best_of(graph, {group.name: 1 for group in graph.groups}, scores)[a].tolist() == [True, False, False, True, False, False]
+    assert best_of(graph, {group.name: 4 for group in graph.groups}, scores)[a].tolist() == [True, True, True, True, False, False]
+
+
+def test_costs_are_those_of_the_very_channels_that_stay():
+    model = lived_in(DetectionModel(load_spec("yolov5s-shuffle.yaml", 3)))
+    graph = channel_graph(model)
+    rng = np.random.default_rng(0)
+    scores = {group.name: rng.random(len(group.channels)) for group in graph.groups}
+    for share in (0.6, 0):  # in the end of each group one
+        plan = uniform(graph, Limits(0, 1))(share)
+        left = remove_channels(model, graph, best_of(graph, plan, scores))
+        trained = [key for key, _ in model.named_parameters()]
+        wanted = sum(p.numel() for p in left.parameters()) / sum(p.numel() for p in model.parameters())
+        assert parameters_share(graph, scores, trained)(plan) == pytest.approx(wanted, abs=1e-12)
+        assert all(maps.isfinite().all() for maps in left(torch.rand(1, 3, 64, 64)))
+
+
 def test_shares_by_hand():
     graph = chain(8, 4)
-    plan = {"a.weight": 4, "b.weight": 2}
+    plan, scores = {"a.weight": 4, "b.weight": 2}, equal_scores(graph)
     whole, left = 3 * 8 + 8 * 4 + 4 * 5, 3 * 4 + 4 * 2 + 2 * 5
-    assert macs_share(graph)(plan) == pytest.approx(left / whole)
-    assert parameters_share(graph, ["a.weight", "b.weight", "c.weight"])(plan) == pytest.approx(left / whole)
+    assert macs_share(graph, scores)(plan) == pytest.approx(left / whole)
+    assert parameters_share(graph, scores, ["a.weight", "b.weight", "c.weight"])(plan) == pytest.approx(left / whole)
 
 
 def test_the_largest_plan_within_a_budget():
     graph = chain(64, 64)
-    make, cost = uniform(graph, Limits(0, 1)), macs_share(graph)
+    make, cost = uniform(graph, Limits(0, 1)), macs_share(graph, equal_scores(graph))
     plan = meet(make, cost, 0.5)
     kept = plan["a.weight"]
     assert plan == {"a.weight": kept, "b.weight": kept}
@@ -131,8 +177,8 @@ def test_the_largest_plan_within_a_budget():
 def test_budgets_of_a_real_network(yolov5n: tuple[ChannelGraph, list[str]], method: str, kind: str, target: float):
     graph, trained = yolov5n
     limits, rng = Limits(0.1, 8), np.random.default_rng(0)
-    cost = macs_share(graph) if kind == "flops" else parameters_share(graph, trained)
     scores = {group.name: rng.random(len(group.channels)) for group in graph.groups}
+    cost = macs_share(graph, scores) if kind == "flops" else parameters_share(graph, scores, trained)
     make = {"uniform": uniform(graph, limits), "random": random_shares(graph, limits, rng),
             "threshold": global_threshold(graph, limits, scores)}[method]
     plan = fill(graph, meet(make, cost, target), cost, target, limits)
@@ -140,12 +186,13 @@ def test_budgets_of_a_real_network(yolov5n: tuple[ChannelGraph, list[str]], meth
     for group in graph.groups:
         count, total = plan[group.name], len(group.channels)
         assert 0.1 * total <= count <= total and (count % 8 == 0 or count == total)
-    assert int(first_of(graph, plan).sum()) == 1 + sum(plan.values()) + graph.count - 1 - sum(len(group.channels) for group in graph.groups)
+    removed = sum(len(group.channels) for group in graph.groups) - sum(plan.values())
+    assert int(best_of(graph, plan, scores).sum()) == graph.count - removed
 
 
 def test_an_unreachable_budget_names_one_that_can_be_reached(yolov5n: tuple[ChannelGraph, list[str]]):
     graph, _ = yolov5n
-    limits, cost = Limits(0.3, 8), macs_share(graph)
+    limits, cost = Limits(0.3, 8), macs_share(graph, equal_scores(graph))
     with pytest.raises(UserError, match=r"--target-flops 0.01: can't be reached: 0\.\d+ is the nearest that can be") as caught:
         check_reachable(graph, limits, cost, 0.01, "--target-flops")
     nearest = float(re.search(r"reached: (0\.\d+)", str(caught.value)).group(1))

@@ -110,9 +110,12 @@ def test_costs_by_hand():
 
 
 def check(name: str, seed: int = 0) -> None:
-    """Random channels at random shares: the network that is left equals the whole one with those channels zeroed, at Detect's inputs."""
     torch.manual_seed(seed)
-    model = lived_in(DetectionModel(load_spec(f"{name}.yaml", 3)))
+    check_model(lived_in(DetectionModel(load_spec(f"{name}.yaml", 3))), seed)
+
+
+def check_model(model: DetectionModel, seed: int) -> DetectionModel:
+    """Random channels at random shares: the network that is left equals the whole one with those channels zeroed, at Detect's inputs."""
     graph = channel_graph(model)
     rng = np.random.default_rng(seed)
     chosen = {}
@@ -137,6 +140,7 @@ def check(name: str, seed: int = 0) -> None:
     for n, (a, b) in enumerate(zip(wanted, found, strict=True)):
         a = a[:, torch.from_numpy(keep[graph.uses[f"model.{len(model.model) - 1}.m.{n}.weight"][1]])]
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+    return left
 
 
 def features(model: DetectionModel, images: Tensor) -> list[Tensor]:
@@ -161,20 +165,18 @@ def test_cut_equals_zeroed(path: Path) -> None:
         check(path.stem, seed)
 
 
-def test_a_pruned_network_is_pruned_again():
+@pytest.mark.parametrize("name", ["yolov5s-shuffle", "yolov5n-ghost"])
+def test_a_pruned_network_is_pruned_again(name: str):
     torch.manual_seed(0)
-    model = lived_in(DetectionModel(load_spec("yolov5s-shuffle.yaml", 3)))
-    for seed in (0, 1):
-        graph = channel_graph(model)
-        rng = np.random.default_rng(seed)
-        keep = graph.keep({group.name: np.arange(len(group.channels)) < max(1, round(0.8 * len(group.channels))) if rng.random() < 0.7
-                           else np.ones(len(group.channels), bool) for group in graph.groups})
-        left = remove_channels(model, graph, keep)
-        again = DetectionModel(left.spec)  # from its spec alone
-        again.load_state_dict(left.state_dict())
+    model = lived_in(DetectionModel(load_spec(f"{name}.yaml", 3)))
+    groups = {group.name for group in channel_graph(model).groups}
+    for seed in (0, 1, 2):
+        left = check_model(model, seed)
+        # As much can be removed as before; a depthwise convolution of one channel is an ordinary one.
+        assert groups <= {group.name for group in channel_graph(left).groups}
+        model = DetectionModel(left.spec)  # from its spec alone
+        model.load_state_dict(left.state_dict())
         images = torch.rand(1, 3, 64, 64)
         with torch.no_grad():
-            for a, b in zip(left(images), again.eval()(images), strict=True):
+            for a, b in zip(left(images), model.eval()(images), strict=True):
                 assert torch.equal(a, b)
-        assert sum(p.numel() for p in left.parameters()) < sum(p.numel() for p in model.parameters())
-        model = left

@@ -27,7 +27,8 @@ from models.spec import load_spec
 from models.summary import count_gflops
 from models.yolo import DetectionModel, build_for_training, load_model
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
-from utils.compress.plan import Limits, first_of, macs_share, meet, random_shares
+from utils.compress.importance import l1
+from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
 from utils.compress.report import save_pruned
 from utils.config import Hyp
 from utils.data.open import val_loader
@@ -131,7 +132,7 @@ def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.Monkey
     asked = []
 
     def latency_share(*_):
-        return lambda plan: asked.append(plan) or sum(plan.values()) / 80 + 1e-4 * len(asked)
+        return lambda keep: asked.append(keep) or keep.mean() + 1e-4 * len(asked)
 
     monkeypatch.setattr("models.prune.latency_share", latency_share)
     search = ["--target-latency", "0.7", "--name", "latency", "--noplots"]
@@ -250,7 +251,7 @@ def test_data_that_does_not_do(place: Path, tmp_path: Path, capfd: pytest.Captur
 
 def test_slimming_needs_a_norm(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load(model_yaml(tmp_path, width=16).read_text())
-    content["backbone"] = [[-1, 1, "nn.Conv2d", [16 if n else 3, 16, 3, 2, 1]] for n in (0, 1, 2, 3, 4)]
+    content["backbone"] = [[-1, 1, "nn.Conv2d", [16, 3, 2, 1]]] * 5
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(content))
     save(tmp_path / "bare.pt", DetectionModel(load_spec(tmp_path / "bare.yaml", 2), NAMES))
     refused(place, capfd, ["--method", "slimming", "--ratio", "0.3", "--weights", str(tmp_path / "bare.pt")], "no removable channel passes one")
@@ -285,10 +286,11 @@ def whole_path(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     whole = lived_in(DetectionModel(load_spec(f"{name}.yaml", 2), NAMES))
     graph = channel_graph(whole)
-    plan = meet(random_shares(graph, Limits(0.1, 4), np.random.default_rng(0)), macs_share(graph), 0.6)
-    left = remove_channels(whole, graph, first_of(graph, plan))
+    scores = l1(graph, whole.state_dict())
+    plan = meet(random_shares(graph, Limits(0.1, 4), np.random.default_rng(0)), macs_share(graph, scores), 0.6)
+    left = remove_channels(whole, graph, best_of(graph, plan, scores))
     side = max(256, 2 * whole.max_stride)
-    assert count_gflops(left, side) / count_gflops(whole, side) == pytest.approx(macs_share(graph)(plan), abs=0.01)
+    assert count_gflops(left, side) / count_gflops(whole, side) == pytest.approx(macs_share(graph, scores)(plan), abs=0.01)
 
     save_pruned(folder / "pruned.pt", left, side)
     left.load_state_dict(cast_floats(cast_floats(left.state_dict(), torch.float16), torch.float32))  # as a file has them

@@ -71,12 +71,20 @@ def random_shares(graph: ChannelGraph, limits: Limits, rng: np.random.Generator)
 
 
 def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
-    """The choice that a plan leaves: of each group the channels of the highest scores; of equal ones the first."""
+    """The choice that a plan leaves: of each group the channels of the highest scores; of equal ones the first.
+
+    A layer that takes a part of a group, as after ShuffleNet's split, may see none of them: the best of those that it takes stays too.
+    """
+    rank = np.zeros(graph.count, int)
     chosen = {}
     for group in graph.groups:
-        chosen[group.name] = np.zeros(len(group.channels), bool)
-        chosen[group.name][np.argsort(-scores[group.name], kind="stable")[: plan[group.name]]] = True
-    return graph.keep(chosen)
+        own = np.argsort(np.argsort(-scores[group.name], kind="stable"))
+        rank[group.channels], chosen[group.name] = own, own < plan[group.name]
+    keep = graph.keep(chosen)
+    for layer in graph.layers:
+        if not keep[layer.inputs].any():
+            keep[layer.inputs[np.argmin(rank[layer.inputs])]] = True
+    return keep
 
 
 def check_reachable(graph: ChannelGraph, limits: Limits, cost: Cost, target: float, what: str) -> None:
@@ -115,16 +123,12 @@ def fill(graph: ChannelGraph, plan: Plan, cost: Cost, target: float, limits: Lim
     return plan
 
 
-def macs_share(graph: ChannelGraph) -> Cost:
+def macs_share(graph: ChannelGraph, scores: Scores) -> Cost:
+    """Of the very channels that stay: after a split it matters which of a group's those are."""
     whole = graph.macs(graph.everything)
-    return lambda plan: graph.macs(first_of(graph, plan)) / whole
+    return lambda plan: graph.macs(best_of(graph, plan, scores)) / whole
 
 
-def parameters_share(graph: ChannelGraph, trained: list[str]) -> Cost:
+def parameters_share(graph: ChannelGraph, scores: Scores, trained: list[str]) -> Cost:
     whole = graph.parameters(graph.everything, trained)
-    return lambda plan: graph.parameters(first_of(graph, plan), trained) / whole
-
-
-def first_of(graph: ChannelGraph, plan: Plan) -> np.ndarray:
-    """A choice of that many channels, whichever: a cost depends on their number."""
-    return graph.keep({group.name: np.arange(len(group.channels)) < plan[group.name] for group in graph.groups})
+    return lambda plan: graph.parameters(best_of(graph, plan, scores), trained) / whole

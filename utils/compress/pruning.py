@@ -101,20 +101,21 @@ class Pruning:
         model: with its spec, names and `fused()`; on its device, in eval mode.
         remove: (graph's model, graph, keep) -> the network that is left.
         slices: None: nothing is scored or re-estimated.
-        latency: a plan's measured latency as a share of the whole network's.
+        latency: a choice's measured latency as a share of the whole network's.
 
     Raises:
         UserError: what is asked for can't be done with this network.
     """
 
     def __init__(self, config: PruneConfig, model: Any, graph: ChannelGraph, remove: Callable[..., Any], slices: Slices | None,
-                 latency: Cost) -> None:
+                 latency: Callable[[np.ndarray], float]) -> None:
         self.config, self.model, self.graph, self.slices = config, model, graph, slices
         self._remove = remove
         self.limits = Limits(config.min_ratio, config.round_to)
         self.scores = _IMPORTANCE[config.method](graph, model.state_dict())
         trained = [key for key, _ in model.named_parameters()]
-        self.costs: dict[str, Cost] = {"flops": macs_share(graph), "params": parameters_share(graph, trained), "latency": latency}
+        self.costs: dict[str, Cost] = {"flops": macs_share(graph, self.scores), "params": parameters_share(graph, self.scores, trained),
+                                       "latency": lambda plan: latency(best_of(graph, plan, self.scores))}
         self.device = next(model.parameters()).device
         self.dtype = compute_dtype(config.precision, self.device)  # of scoring
         self.candidates: list[Candidate] = []  # of a search, the best first

@@ -27,7 +27,7 @@ _ONE_BY_ONE = {
 _IN_EACH_CHANNEL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad"}
 _JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "prelu"}
 _MOVES = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "squeeze"}
-_MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind"}
+_MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind", "index_select"}
 
 
 class Layer(NamedTuple):
@@ -148,7 +148,10 @@ class _Tracer(TorchFunctionMode):
         self._give(call.made[0], first)
 
     def _move(self, call: _Call) -> None:
-        numbers = call.func(*_replaced(call.args, self._numbers), **_replaced(call.kwargs, self._numbers))
+        def numbers_of(x: Tensor) -> Tensor:
+            return self._numbers(x) if x.is_floating_point() else x  # whole numbers are places
+
+        numbers = call.func(*_replaced(call.args, numbers_of), **_replaced(call.kwargs, numbers_of))
         if call.name in _MOVES_BY_NUMBERS and not self.rearranging and not _whole(self._numbers(call.given[0]), list(_tensors(numbers))):
             return self._unknown(call)
         for made, own in zip(call.made, _tensors(numbers), strict=True):
