@@ -48,7 +48,11 @@ class ChannelShuffle(nn.Module):
         self.register_buffer("order", None, persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return shuffle_join(a, b) if self.order is None else torch.cat((a, b), 1).index_select(1, self.order)
+        if self.order is None:
+            return shuffle_join(a, b)
+        joined = torch.cat((a, b), 1)
+        # Not straight on the channels: OpenVINO takes any such gather for a reversal of them and folds it, wrongly, into the next convolution.
+        return joined.flatten(2).index_select(1, self.order).view(joined.shape)
 
     def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
         """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""
