@@ -31,7 +31,7 @@ class GhostModuleV2(GhostModule):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         height, width = x.shape[2:]
-        halved = F.avg_pool2d(x, (min(height, 2), min(width, 2)))  # P5 of a 32 px side is one cell
+        halved = F.avg_pool2d(x, (min(int(height), 2), min(int(width), 2)))  # P5 of a 32 px side is one cell; converters want constants
         gate = self.short_conv(halved).sigmoid()
         return y * F.interpolate(gate, size=y.shape[2:])
 

@@ -52,10 +52,12 @@ class ChannelShuffle(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.order is None:
             return shuffle_join(a, b)
-        if not b.is_contiguous(memory_format=torch.channels_last):
-            return torch.cat((a, b), 1).index_select(1, self.order)
-        x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
-        return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
+        if b.is_contiguous(memory_format=torch.channels_last):
+            x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
+            return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
+        x = torch.cat((a, b), 1)
+        # Not straight on the channels: OpenVINO takes any such gather for a reversal of them and folds it, wrongly, into the next convolution.
+        return x.flatten(2).index_select(1, self.order).view(x.shape)
 
     def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
         """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import data_yaml, lively, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.shuffle import ChannelShuffle
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.errors import UserError
@@ -118,6 +119,26 @@ def test_the_newer_exporter_where_the_older_fails(dynamic: bool, tiny, tmp_path:
     for size in ((2, 3, 64, 96), *(((1, 3, 96, 32),) if dynamic else ())):
         images = torch.rand(size)
         torch.testing.assert_close(exported(images), tiny.decode(tiny(images)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruned_shuffle_in_openvino(tmp_path: Path):
+    """OpenVINO 2026.4 folds a gather of channels into the convolution behind it as if every order were its own inverse."""
+    openvino = pytest.importorskip("openvino")
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.shuffle, self.after = nn.Conv2d(3, 5, 1), ChannelShuffle(), nn.Conv2d(8, 6, 1)
+            self.shuffle.narrow([3, 1, 4, 0, 5, 7, 2, 6])
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.after(self.shuffle(images, self.before(images)))
+
+    network, images = Shuffled().requires_grad_(False), torch.rand(2, 3, 6, 8)
+    to_onnx(network, images, tmp_path / "a.onnx", dynamic=True)
+    for model in (to_openvino(network, images), openvino.Core().read_model(tmp_path / "a.onnx")):
+        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        torch.testing.assert_close(torch.from_numpy(compiled(images.numpy())[0]), network(images), rtol=1e-5, atol=1e-5)
 
 
 # --- metadata ------------------------------------------------------------------------------------------------------------------------------
