@@ -16,10 +16,11 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 FILES = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))])
 
 # Rooms of utils/, from the top of the house down: each may import those after it. "utils" is the ground floor, the files that lie in utils/ itself.
-FLOORS = ("utils.training", "utils.compare", "utils.deploy", "utils.plots", "utils.evaluate", "utils.measure", "utils.export", "utils.data",
-          "utils")
+FLOORS = ("utils.training", "utils.compare", "utils.compress", "utils.deploy", "utils.plots", "utils.evaluate", "utils.measure", "utils.export",
+          "utils.data", "utils")
 # Rooms beside each other, which do not know one another.
-STRANGERS = {("utils.training", "utils.deploy"), ("utils.training", "utils.compare"), ("utils.compare", "utils.deploy")}
+STRANGERS = {("utils.training", "utils.deploy"), ("utils.training", "utils.compare"), ("utils.compare", "utils.deploy"),
+             ("utils.training", "utils.compress"), ("utils.compare", "utils.compress"), ("utils.compress", "utils.deploy")}
 
 
 def module_name(path: Path) -> str:
