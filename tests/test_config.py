@@ -9,13 +9,14 @@ import time
 
 import pytest
 
-from utils.config import CompareConfig, DetectConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
+from utils.config import CompareConfig, DetectConfig, ExportConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training.runs import _newest_last
 
-REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"], CompareConfig: []}
+REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"], CompareConfig: [],
+            ExportConfig: ["--weights", "a.pt"]}
 CONFIGS = list(REQUIRED)
 FLAGS = [(cls, field) for cls in CONFIGS for field in dataclasses.fields(cls)]
 
@@ -26,8 +27,9 @@ YOLOV5 = {
     "time-limit",
     ValConfig: "weights data batch-size batch imgsz img img-size conf-thres iou-thres max-det task device workers single-cls augment verbose "
     "save-txt save-conf save-json project name exist-ok half",
-    DetectConfig: "weights source imgsz img img-size conf-thres iou-thres max-det device view-img save-txt save-csv save-conf save-crop nosave "
+    DetectConfig: "weights source data imgsz img img-size conf-thres iou-thres max-det device view-img save-txt save-csv save-conf save-crop nosave "
     "classes agnostic-nms augment project name exist-ok line-thickness hide-labels hide-conf half vid-stride",
+    ExportConfig: "weights data include imgsz img img-size batch-size device half dynamic opset",
 }  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def test_defaults_and_what_is_given(cls):
             assert getattr(config, field.name) == field.default
             check = field.metadata["check"]
             assert field.default is None or not check or check[0](field.default), field.name
-    assert set(parse_given(cls, [*REQUIRED[cls], "--name", "mine"], "")) == {"name", *(word[2:] for word in REQUIRED[cls] if word.startswith("--"))}
+    assert set(parse_given(cls, [*REQUIRED[cls], "--imgsz", "64"], "")) == {"imgsz", *(word[2:] for word in REQUIRED[cls] if word.startswith("--"))}
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.name = "other"
 
@@ -111,6 +113,7 @@ def test_yolov5s_habits():
     (ValConfig, ["--max-det", "0"], ["--max-det 0"]), (ValConfig, ["--task", "study"], ["--task", "speed"]),
     (DetectConfig, ["--imgsz", "1", "2"], ["--imgsz 1 2"]), (DetectConfig, ["--imgsz", "64", "64", "64"], ["one or two"]),
     (DetectConfig, ["--classes", "-1"], ["--classes -1"]), (DetectConfig, ["--classes", "x"], ["--classes", "'x'"]),
+    (ExportConfig, ["--img", "64", "64", "64"], ["one or two"]), (ExportConfig, ["--batch", "0"], ["--batch-size 0", "above 0"]),
     (DetectConfig, ["--vid-stride", "0"], ["--vid-stride 0"]), (DetectConfig, ["--line-thickness", "-1"], ["--line-thickness -1"]),
 ])  # fmt: skip
 def test_one_line_for_a_mistake(cls, argv, words):
@@ -119,7 +122,7 @@ def test_one_line_for_a_mistake(cls, argv, words):
     assert [word for word in words if word not in str(raised.value)] == [], raised.value
 
 
-@pytest.mark.parametrize(("cls", "word"), [(ValConfig, "--weights"), (DetectConfig, "--source")])
+@pytest.mark.parametrize(("cls", "word"), [(ValConfig, "--weights"), (DetectConfig, "--source"), (ExportConfig, "--weights")])
 def test_what_must_be_given(cls, word):
     with pytest.raises(UserError, match=f"required.*{word}"):
         parse(cls, [], "")
@@ -210,6 +213,7 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(("script", "cls"), [
     ("train.py", TrainConfig), ("val.py", ValConfig), ("detect.py", DetectConfig), ("compare.py", CompareConfig),
+    ("export.py", ExportConfig),
 ])  # fmt: skip
 def test_help_answers_at_once(script, cls):
     start = time.perf_counter()

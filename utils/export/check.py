@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from utils.boxes import cxcywh_to_xyxy
+from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from utils.data.augment import letterbox
 from utils.data.images import read_image
 from utils.data.labels import load_split
 from utils.data.scenes import render
 from utils.data.spec import load_data_spec
+from utils.errors import UserError
 from utils.network import Network, infer
 from utils.nms import NmsOptions, non_max_suppression
 
@@ -97,9 +98,11 @@ def compare(reference: Network, exported: Network, batches: Iterable[Tensor], to
 
     Args:
         device: of the reference; the exported one takes images from the CPU.
+
+    Raises:
+        UserError: they give another number of boxes.
     """
-    cpu = torch.device("cpu")
-    pairs = [(infer(reference, batch, device, torch.float32)[1].cpu(), infer(exported, batch, cpu, torch.float32)[1]) for batch in batches]
+    pairs = [_both(reference, exported, batch, device) for batch in batches]
     best = max(float(a[..., 4:5].mul(a[..., 5:]).nan_to_num(0).max()) for a, _ in pairs)
     threshold = min(CONFIDENCE, best / 2)
     tolerance = tolerance._replace(conf=tolerance.conf * threshold / CONFIDENCE)
@@ -113,12 +116,25 @@ def compare(reference: Network, exported: Network, batches: Iterable[Tensor], to
     return Agreement(_distance(pairs, slice(0, 4)), _distance(pairs, slice(4, None)), sum(len(a) for a, _ in pairs), boxes, unmatched, threshold)
 
 
+def _both(reference: Network, exported: Network, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    ours, others = infer(reference, batch, device, torch.float32)[1].cpu(), infer(exported, batch, torch.device("cpu"), torch.float32)[1]
+    if ours.shape != others.shape:
+        height, width = batch.shape[2:]
+        raise UserError(f"gives {others.shape[1]} boxes for an image of {height}x{width} px, where the checkpoint gives {ours.shape[1]}")
+    return ours, others
+
+
 def _without_partner(final: Tensor, decoded: Tensor, tolerance: Tolerance) -> int:
     """Final boxes (n, 6) for which no decoded one (N, 5 + C) of their class is near enough in place and confidence."""
-    near = box_iou(final[:, :4], cxcywh_to_xyxy(decoded[:, :4])) >= tolerance.iou  # (n, N)
+    near = box_iou(_visible(xyxy_to_cxcywh(final[:, :4])), _visible(decoded[:, :4])) >= tolerance.iou  # (n, N)
     scores = (decoded[:, 5:] * decoded[:, 4:5])[:, final[:, 5].long()].T
     alike = (scores - final[:, 4:5]).abs() <= tolerance.conf
     return int((~(near & alike).any(1)).sum())
+
+
+def _visible(cxcywh: Tensor) -> Tensor:
+    """Corners of boxes at least a pixel wide and high: of smaller ones rounding leaves no area to compare."""
+    return cxcywh_to_xyxy(torch.cat((cxcywh[:, :2], cxcywh[:, 2:].clamp(min=1)), 1))
 
 
 def _distance(pairs: Sequence[tuple[Tensor, Tensor]], columns: slice) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
         if not agreement.holds:
             _keep_aside(temporary, aside)
             raise UserError(f"{kind.name}: does not find what the checkpoint finds: {agreement}; kept aside as {aside}")
-    info(f"{kind.name}: {path}, {_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s: {agreement}")
+    info(f"{kind.name}: {path}: {_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s; {agreement}")
     return path
 
 
@@ -52,7 +53,8 @@ def _write_and_check(
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
         return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
     except UserError as error:
-        raise UserError(f"{kind.name}: {error}") from error
+        reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
+        raise UserError(f"{kind.name}: {reason}{'; without --dynamic it may go' if job.metadata.dynamic else ''}") from error
     except OSError:
         raise
     except Exception as error:  # of a converter: of any kind

@@ -84,7 +84,7 @@ class OpenvinoSession:
             model = openvino.Core().read_model(path)
             self._compiled = openvino.compile_model(model, "CPU", settings)
         except Exception as error:  # of the parser or a kernel: of any kind
-            raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {short_reason(error)}") from None
+            raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {_last_line(error)}") from None
         self._own = threading.local()
         self.inputs = _openvino_shape(model.inputs[0]) if len(model.inputs) == 1 else None
         self.outputs = _openvino_shape(model.outputs[0]) if model.outputs else None
@@ -102,6 +102,11 @@ class OpenvinoSession:
 def _openvino_shape(port: Any) -> Shape | None:
     shape = port.get_partial_shape()
     return None if shape.rank.is_dynamic else tuple(None if side.is_dynamic else side.get_length() for side in shape)
+
+
+def _last_line(error: BaseException) -> str:
+    """OpenVINO lists where it was before it says why."""
+    return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[-1], _LONGEST_REASON, placeholder=" …")
 
 
 def short_reason(error: BaseException) -> str:

@@ -1,0 +1,257 @@
+"""Exported files as networks: from several threads at once, of other projects, cut off, or asked for what they can't."""
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import lively, tiny_model
+from torch import Tensor, nn
+
+from models.weights import open_weights
+from models.yolo import DetectionModel
+from utils.errors import UserError
+from utils.export.backends import find_exported, is_exported, open_network
+from utils.export.converters import to_onnx
+from utils.export.formats import FORMATS, ExportJob
+from utils.export.graph import InferenceGraph
+from utils.export.metadata import KEY, ExportMetadata, stamp_onnx
+
+onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def tiny(place) -> DetectionModel:
+    return lively(tiny_model(place))
+
+
+@pytest.fixture(scope="module")
+def files(place, tiny) -> dict[str, Path]:
+    """A static and a dynamic file of each format."""
+    made = {}
+    for dynamic in (False, True):
+        for name, kind in FORMATS.items():
+            made[f"{name} {'dynamic' if dynamic else 'static'}"] = path = place / f"tiny{'-dynamic' * dynamic}{kind.suffix}"
+            if kind.is_folder:
+                path.mkdir()
+            metadata = ExportMetadata.of(tiny, (64, 96), dynamic=dynamic, precision="fp32", source="tiny.pt")
+            kind.write(ExportJob(tiny, metadata, batch_size=2, opset=17), path)
+    return made
+
+
+KINDS = [f"{name} {graph}" for name in FORMATS for graph in ("static", "dynamic")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_share_a_network(kind: str, files, tiny):
+    """Each gets the boxes of its own images, whatever the others do meanwhile."""
+    network = open_network(files[kind], threads=3, at_once=3)
+    batches = [torch.rand(1 + n % 3, 3, 64, 96) for n in range(24)]
+    with torch.no_grad():
+        expected = [tiny.decode(tiny(batch)) for batch in batches]
+    with ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(lambda batch: network.decode(network(batch)), batches))
+    for boxes, own in zip(found, expected, strict=True):
+        torch.testing.assert_close(boxes, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_layout_and_results_are_the_callers_own(kind: str, files, tiny):
+    network = open_network(files[kind])
+    images = torch.rand(2, 3, 64, 96).to(memory_format=torch.channels_last)
+    first = network(images)
+    kept = first.clone()
+    network(images * 0.5)
+    assert torch.equal(first, kept) and not torch.equal(first, network(images * 0.5))
+    torch.testing.assert_close(first, tiny.decode(tiny(images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_static_file_takes_its_own_size_only(name: str, files):
+    network = open_network(files[f"{name} static"])
+    with pytest.raises(UserError, match=r"takes images of 64x96 px only, not of 96x64: export it with --dynamic, or with --imgsz 96 64$"):
+        network(torch.rand(1, 3, 96, 64))
+    weights = open_weights(str(files[f"{name} static"]), "", "fp32")
+    assert weights.image_size(None) == weights.image_size((64, 96)) == weights.image_size((60, 90)) == (64, 96)
+    with pytest.raises(UserError, match=r"takes images of 64 96 px only: leave out --imgsz, or export it with --imgsz 128 128 or --dynamic"):
+        weights.image_size((128,))
+    with pytest.raises(UserError, match=r"validation needs square ones: export it with --imgsz 96 or --dynamic"):
+        weights.square_size(None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dynamic_file_takes_any_size(name: str, files):
+    weights = open_weights(str(files[f"{name} dynamic"]), "cpu", "fp32")
+    assert (weights.fixed, weights.pad_stride, weights.max_stride, weights.imgsz) == (None, 32, 32, (64, 96))
+    assert weights.image_size(None) == (64, 96) and weights.image_size((100,)) == (128, 128) and weights.square_size(None) == 96
+    assert weights.names == ("red", "green") and name in weights.description.lower().replace(" runtime", "x")
+
+
+def test_the_checkpoints_own_door(place, tiny, shared):
+    weights = open_weights(str(shared / "weights" / "yolov5n.pt"), "cpu", "fp32")
+    assert weights.image_size(None) == (640, 640) and weights.square_size(100) == 128 and (weights.pad_stride, weights.fixed) == (32, None)
+
+
+def test_no_other_device(files):
+    with pytest.raises(UserError, match=r"^--device 0: tiny\.onnx runs on the CPU"):
+        open_weights(str(files["onnx static"]), "0", "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_openvino_computes_in_the_precision_asked_for(precision: str, files):
+    assert f", {precision}, 1 threads" in open_weights(str(files["openvino static"]), "", precision).description
+
+
+# --- files of other projects ---------------------------------------------------------------------------------------------------------------
+
+
+def without_metadata(tiny: DetectionModel, path: Path, **props: str) -> Path:
+    """As YOLOv5 itself exports: its names and stride as Python literals, or nothing."""
+    to_onnx(InferenceGraph(tiny), torch.zeros(1, 3, 64, 64), path, dynamic=True, opset=17)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, props)
+    onnx.save(model, path)
+    return path
+
+
+def test_yolov5s_own_onnx(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx", stride="64", names="{0: 'cat', 1: 'dog'}")
+    network = open_network(path, names=lambda: pytest.fail("the file tells its names itself"))
+    assert (network.names, network.max_stride, network.pad_stride, network.imgsz, network.metadata) == (("cat", "dog"), 64, 64, None, None)
+
+
+def test_a_file_without_names(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=r"a\.onnx: its metadata tells no class names .*--data"):
+        open_network(path)
+    network = open_network(path, names=lambda: ["cat", "dog"])
+    assert (network.names, network.max_stride) == (("cat", "dog"), 32)
+    assert network(torch.rand(1, 3, 32, 32)).shape == (1, 63, 7)
+    (tmp_path / "my.yaml").write_text("train: images\nnames: [cat, dog]\n")
+    assert open_weights(str(path), "", "fp32", str(tmp_path / "my.yaml")).names == ("cat", "dog")
+    with pytest.raises(UserError, match=r"of its 3 classes has images x boxes x 8: .*--data of other classes"):
+        open_network(path, names=lambda: ["a", "b", "c"])(torch.rand(1, 3, 32, 32))
+
+
+def test_names_beside_an_openvino_model(tiny, tmp_path: Path):
+    folder = tmp_path / "best_openvino_model"
+    folder.mkdir()
+    FORMATS["openvino"].write(ExportJob(tiny, ExportMetadata.of(tiny, (64, 64), dynamic=False, precision="fp32", source="best.pt")), folder)
+    text = (folder / "best.xml").read_text()
+    for key in (KEY, "names", "stride"):
+        start = text.index(f"<{key} ")
+        text = text[:start] + text[text.index("/>", start) + 2 :]
+    (folder / "best.xml").write_text(text)
+    with pytest.raises(UserError, match=r"best\.xml: its metadata tells no class names"):
+        open_network(folder)
+    (folder / "best.yaml").write_text("stride: 32\nnames:\n  0: cat\n  1: dog\n")
+    assert open_network(folder).names == ("cat", "dog")
+
+
+def test_fp16_images(tiny, tmp_path: Path):
+    """YOLOv5's --half files take and give fp16."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = InferenceGraph(tiny)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.graph(images.float()).half()
+
+    to_onnx(Half(), torch.zeros(1, 3, 64, 64).half(), tmp_path / "half.onnx", opset=17)
+    images = torch.rand(1, 3, 64, 64)
+    boxes = open_network(tmp_path / "half.onnx", names=lambda: tiny.names)(images)
+    assert boxes.dtype == torch.float32
+    torch.testing.assert_close(boxes, tiny.decode(tiny(images)), rtol=2e-2, atol=0.3)
+
+
+@pytest.mark.parametrize(("module", "shape", "words"), [
+    (nn.Flatten(), (1, 3, 64, 64), r"its output is 1 x 12288, where a YOLOv5-like detector of its 2 classes has images x boxes x 7"),
+    (nn.Flatten(2), (1, 3, 64, 64), r"its output is 1 x 3 x 4096, where"),
+    (nn.Identity(), (1, 1, 8, 8), "does not take one batch of images x 3 x height x width"),
+    (nn.Linear(4, 4), (1, 4), "does not take one batch of images"),
+])  # fmt: skip
+def test_other_networks(module: nn.Module, shape: tuple[int, ...], words: str, tmp_path: Path):
+    to_onnx(module.eval(), torch.zeros(shape), tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=rf"a\.onnx: {words}"):
+        open_network(tmp_path / "a.onnx", names=lambda: ["cat", "dog"])
+
+
+def test_metadata_of_a_newer_program(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx", **{KEY: '{"format": "light-yolo export", "version": 9}'})
+    with pytest.raises(UserError, match=r"a\.onnx: is of a newer format version"):
+        open_network(path)
+
+
+# --- broken and missing files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize(("kind", "inside"), [("onnx static", ""), ("openvino static", "tiny.xml"), ("openvino static", "tiny.bin")])
+def test_files_cut_off(kind: str, inside: str, share: float, files, tmp_path: Path, capfd):
+    source = files[kind]
+    copy = tmp_path / source.name
+    if source.is_dir():
+        copy.mkdir()
+        for file in source.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+    else:
+        copy.write_bytes(source.read_bytes())
+    cut = copy / inside if inside else copy
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"can't load it, it may be cut off") as caught:
+        open_network(copy)
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_what_is_not_there(files, tmp_path: Path):
+    for name in ("none.onnx", "none_openvino_model", "none.xml"):
+        with pytest.raises(UserError, match=rf"{name}: no such exported network .*looked at"):
+            open_network(tmp_path / name)
+    (tmp_path / "a_openvino_model").mkdir()
+    with pytest.raises(UserError, match=r"a_openvino_model: holds no \.xml files"):
+        open_network(tmp_path / "a_openvino_model")
+    (tmp_path / "a_openvino_model" / "a.xml").write_bytes((files["openvino static"] / "tiny.xml").read_bytes())
+    with pytest.raises(UserError, match=r"a\.xml: its weights a\.bin are missing"):
+        open_network(tmp_path / "a_openvino_model")
+    (tmp_path / "a_openvino_model" / "b.xml").write_text("")
+    with pytest.raises(UserError, match=r"holds 2 \.xml files"):
+        open_network(tmp_path / "a_openvino_model")
+
+
+def test_which_files_are_exported(files):
+    assert all(map(is_exported, ("a.onnx", "x/best_openvino_model", "x/best_openvino_model/", "a.xml")))
+    assert not any(map(is_exported, ("a.pt", "runs/exp", "best_openvino_model/a.pt")))
+    folder = files["openvino static"]
+    assert find_exported(folder) == find_exported(f"{folder}/") == find_exported(folder / "tiny.xml") == folder / "tiny.xml"
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_a_runtime_that_is_not_installed(package: str, files, monkeypatch):
+    def absent(name: str):
+        raise UserError(f"needs {name}: pip install {name}")
+
+    monkeypatch.setattr("utils.export.sessions.import_extra", absent)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        open_network(files[f"{'onnx' if package == 'onnxruntime' else package} static"])
+
+
+def test_metadata_that_contradicts_the_graph(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx")
+    metadata = ExportMetadata.of(tiny, (64, 64), dynamic=True, precision="fp32", source="a.pt")
+    stamp_onnx(path, dataclasses.replace(metadata, names=("a", "b", "c")))
+    with pytest.raises(UserError, match="of its 3 classes"):
+        open_network(path)(torch.from_numpy(np.zeros((1, 3, 64, 64), np.float32)))

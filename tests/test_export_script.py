@@ -1,0 +1,182 @@
+"""export.py, and val.py and detect.py on what it wrote: the checkpoint's boxes and mAP, whatever the format."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import data_yaml, lively, tiny_model
+
+import detect
+import export
+import val
+from models.spec import load_spec
+from models.yolo import DetectionModel
+from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.export.backends import open_network
+
+for package in ("onnx", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILES = {"onnx": "tiny.onnx", "openvino": "tiny_openvino_model"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """tiny.pt in three folders: alone, beside its static files, beside its dynamic ones."""
+    place = tmp_path_factory.mktemp("export")
+    model = tiny_model(place)
+    own = lively(model)
+    for conv, better in zip(model.head.m, own.head.m, strict=True):
+        conv.load_state_dict(better.state_dict())
+    data_yaml(place)
+    for name in ("alone", "static", "dynamic"):
+        save_checkpoint(place / name / "tiny.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
+    for name, flags in (("static", ["--batch", "3"]), ("dynamic", ["--dynamic"])):
+        assert export.main([*weights(place / name / "tiny.pt"), "--include", "onnx", "openvino", *flags]) == 0
+    return place
+
+
+def weights(path: Path) -> list[str]:
+    return ["--weights", str(path)]
+
+
+def scores(place: Path, path: Path, *flags: str, capfd) -> tuple[str, ...]:
+    """What val.py prints of a file's accuracy."""
+    capfd.readouterr()
+    assert val.main([*weights(path), "--data", str(place / "tiny_data.yaml"), "--batch-size", "3", "--device", "cpu", "--workers", "0", "--precision",
+                     "fp32", "--noplots", "--project", str(place / "runs"), *flags]) == 0
+    return tuple(line for line in capfd.readouterr().out.splitlines() if re.match(r"\s*(all|red|green|mAP)", line))
+
+
+def lines(place: Path, path: Path, name: str, *flags: str) -> dict[str, np.ndarray]:
+    """What detect.py finds, by image."""
+    assert detect.main([*weights(path), "--source", str(place / "images" / "val"), "--project", str(place / "found"), "--name", name, "--device", "cpu",
+                        "--precision", "fp32", "--save-txt", "--save-conf", "--nosave", "--conf", "0.6", *flags]) == 0
+    return {path.name: np.loadtxt(path, ndmin=2) for path in sorted((place / "found" / name / "labels").iterdir())}
+
+
+def test_files_and_what_is_said(place: Path, tmp_path: Path, capfd):
+    save = (place / "alone" / "tiny.pt").read_bytes()
+    (tmp_path / "mine.pt").write_bytes(save)
+    flags = ["--include", "openvino", "onnx", "--imgsz", "60", "90", "--half", "--data", str(place / "tiny_data.yaml")]
+    assert export.main([*weights(tmp_path / "mine.pt"), *flags]) == 0
+    out = capfd.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt", "mine_openvino_model"]
+    assert sorted(p.name for p in (tmp_path / "mine_openvino_model").iterdir()) == ["mine.bin", "mine.xml"]
+    assert (tmp_path / "mine.pt").read_bytes() == save
+    assert "64x96 px, fp16" in out and "raw outputs of 4 images" in out  # the val split's
+    for name in ("mine.onnx", "mine_openvino_model"):
+        assert f"--weights {tmp_path / name} --source" in out and re.search(rf"{name}: [\d.]+ MiB.*max .*mean .* px.*have their partner", out)
+        metadata = open_network(tmp_path / name).metadata
+        assert (metadata.imgsz, metadata.dynamic, metadata.precision, metadata.source, metadata.names) == ((64, 96), False, "fp16", "mine.pt",
+                                                                                                         ("red", "green"))
+    assert len(metadata.anchors) == 3 and metadata.anchors[0][:2] == (10, 10)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_map_is_the_checkpoints(kind: str, place: Path, capfd):
+    expected = scores(place, place / "alone" / "tiny.pt", capfd=capfd)
+    assert len(expected) == 4 and not re.search(r"all .* 0\.0000 +0\.0000$", expected[0])
+    assert scores(place, place / "dynamic" / FILES[kind], capfd=capfd) == expected
+    augmented = scores(place, place / "alone" / "tiny.pt", "--augment", capfd=capfd)
+    assert augmented != expected and scores(place, place / "dynamic" / FILES[kind], "--augment", capfd=capfd) == augmented
+
+
+def test_static_files_get_squares(place: Path, capfd, monkeypatch):
+    """Of one checkpoint both formats find the same; so does the checkpoint on square images."""
+    found = {scores(place, place / "static" / file, capfd=capfd) for file in FILES.values()}
+    original = val.main.__globals__["parse"]
+    assert original is not None
+    from models import weights as door
+
+    opened = door.open_weights
+    monkeypatch.setattr(door, "open_weights", lambda *args: opened(*args)._replace(pad_stride=None))
+    assert found == {scores(place, place / "alone" / "tiny.pt", capfd=capfd)}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_boxes_are_the_checkpoints(kind: str, place: Path):
+    """In images of three shapes, so that a dynamic file is given three sizes."""
+    expected = lines(place, place / "alone" / "tiny.pt", f"pt-{kind}")
+    assert len(expected) == 4 and sum(map(len, expected.values())) > 20
+    for name, rows in lines(place, place / "dynamic" / FILES[kind], f"dynamic-{kind}").items():
+        np.testing.assert_allclose(rows, expected[name], atol=2e-5)
+    static = lines(place, place / "static" / FILES[kind], f"static-{kind}")
+    np.testing.assert_allclose(static["00.png"], expected["00.png"], atol=2e-5)  # a square image is padded alike
+    assert set(static) == set(expected)
+
+
+def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Path, capfd):
+    import onnx
+
+    model = onnx.load(place / "dynamic" / "tiny.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    flags = [*weights(tmp_path / "bare.onnx"), "--source", str(place / "images" / "val"), "--imgsz", "64", "--project", str(tmp_path / "runs")]
+    assert detect.main(flags) == 2
+    error = capfd.readouterr().err
+    assert error.count("error: ") == 1 and "name them with --data" in error
+    assert detect.main([*flags, "--data", str(place / "tiny_data.yaml")]) == 0
+    assert "red" in capfd.readouterr().out
+    assert scores(place, tmp_path / "bare.onnx", "--imgsz", "64", capfd=capfd) == scores(place, place / "alone" / "tiny.pt", capfd=capfd)
+
+
+@pytest.mark.parametrize(("script", "flags", "words"), [
+    ("export", ["--include", "onnx", "coreml"], "--include coreml: no such format"), ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
+    ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"), ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx"),
+    ("val", ["--weights", "static/tiny.onnx", "--imgsz", "96"], "takes images of 64 64 px only: leave out --imgsz"),
+    ("val", ["--weights", "static/tiny_openvino_model", "--augment"], "takes images of 64x64 px only, not of"),
+    ("detect", ["--weights", "static/tiny.onnx", "--imgsz", "64", "96"], "takes images of 64 64 px only"),
+    ("detect", ["--weights", "half.onnx"], r"half\.onnx: .*cut off"), ("detect", ["--weights", "none_openvino_model"], "no such exported network"),
+    ("detect", ["--weights", "static/tiny.onnx", "--classes", "2"], "--classes 2"),
+    ("detect", ["--weights", "static/tiny.onnx", "--device", "0"], r"--device 0: .*runs on the CPU"),
+    ("val", ["--weights", "static/tiny.onnx", "--half"], "--half"),
+])  # fmt: skip
+def test_mistakes_are_one_line(script: str, flags: list[str], words: str, place: Path, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    (place / "half.onnx").write_bytes((place / "static" / "tiny.onnx").read_bytes()[:999])
+    given = {"export": weights(place / "alone" / "tiny.pt"), "val": ["--data", "tiny_data.yaml", "--workers", "0", "--project", "runs"],
+             "detect": ["--source", "images/val", "--project", "runs"]}  # fmt: skip
+    main = {"export": export.main, "val": val.main, "detect": detect.main}[script]
+    assert main([*given[script], *flags]) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
+    assert len(error) == 1 and re.search(rf"^error: .*{words}", error[0]), error
+    assert [p.name for p in (place / "alone").iterdir()] == ["tiny.pt"]
+
+
+def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, monkeypatch, capfd):
+    (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    monkeypatch.setattr("utils.export.formats.is_installed", lambda package: package != "openvino")
+    assert export.main([*weights(tmp_path / "mine.pt"), "--include", "openvino", "onnx"]) == 1
+    captured = capfd.readouterr()
+    assert captured.err == "error: openvino: pip install openvino\n" and "mine.onnx" in captured.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt"]
+
+
+# --- every network that ships --------------------------------------------------------------------------------------------------------------
+
+YAMLS = sorted(str(path) for path in (Path(__file__).resolve().parents[1] / "models").glob("**/*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", YAMLS, ids=lambda path: Path(path).stem)
+def test_every_yaml(cfg: str, tmp_path: Path):
+    """Static files of both formats, and what of them can be dynamic, find the network's own boxes on images."""
+    if "timm" in cfg:
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = DetectionModel(load_spec(cfg, nc=3))
+    side = max(64, model.max_stride)
+    own = lively(model)
+    for conv, better in zip(model.head.m, own.head.m, strict=True):
+        conv.load_state_dict(better.state_dict())
+    save_checkpoint(tmp_path / "own.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())))
+    assert export.main([*weights(tmp_path / "own.pt"), "--include", "onnx", "openvino", "--imgsz", str(side)]) == 0
+    images = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        expected = own.decode(own(images))
+    for name in ("own.onnx", "own_openvino_model"):
+        torch.testing.assert_close(open_network(tmp_path / name)(images), expected, rtol=1e-3, atol=1e-3)
