@@ -3,6 +3,7 @@
     python train.py --cfg yolov5s-ghost.yaml --data shapes.yaml --imgsz 256 --epochs 20
     python train.py --weights yolov5n.pt --data my_data.yaml
     python train.py --resume
+    python train.py --cfg yolov5s-shuffle.yaml --teacher runs/train/yolov5m/weights/best.pt --data my_data.yaml
     torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data coco128.yaml
 """
 from __future__ import annotations
@@ -24,17 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from models.plugin import load_plugin
+    from models.prune import channel_graph
     from models.summary import print_summary
-    from models.yolo import build_for_training, model_from_checkpoint
+    from models.yolo import build_for_training, load_model, model_from_checkpoint
     from utils.data.open import open_splits
     from utils.device import compute_dtype, keep_freed_memory, select_device
     from utils.distributed import join_world
     from utils.log import info
     from utils.training.anchors import adapt_anchors
+    from utils.training.distill import build_distillation
     from utils.training.fit import Training
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
     from utils.training.runs import create_folder, new_run, resumed_run
+    from utils.training.sparsity import Sparsity, build_sparsity
 
     run = resumed_run(given) if "resume" in given else new_run(given)
     config, hyp = run.config, run.hyp
@@ -54,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
         freeze_rows(model, config.freeze)
         model.to(device, memory_format=torch.channels_last)
+        distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
         batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
         config = dataclasses.replace(config, batch_size=world.share(batch_size))
         print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
-        training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state)
+        sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
+        training = Training(model, train_split, val_split, config, hyp, folder, device, world, run.state, distillation, sparsity)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()
         training.run()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import models.common  # noqa: F401  (registers the blocks)
 from models.activations import parse_activation
 from models.layers import Conv, slice_strided
+from models.narrow import narrow
 from models.plugin import plugin_line
 from models.registry import Block, Scale, Width, find_block
 from models.spec import IMAGE, LayerSpec, ModelSpec
@@ -58,6 +59,11 @@ def build_rows(spec: ModelSpec) -> Rows:
         if layer.module != "Detect":
             _check_output(layer, kept[layer.row], width)
         modules.append(module.train())
+    if spec.widths:
+        narrow(nn.ModuleList(modules), spec.widths, spec.origin)
+        for layer, module in zip(spec.layers, modules, strict=True):
+            kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
+            module.train()
     maps = kept[len(modules) - 1]
     shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
     return Rows(modules, shapes, [_stride(raw, spec.layers[-1]) for raw in maps])

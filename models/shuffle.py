@@ -1,6 +1,9 @@
 """ShuffleNetV2 and light-head blocks (Ma et al., ShuffleNet V2, ECCV 2018; guidelines G1-G4). YAML names are lower case as users' files have them."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,46 @@ def shuffle_join(a: Tensor, b: Tensor) -> Tensor:
         pairs = torch.stack((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), -1)  # (B, H, W, C, 2)
         return pairs.flatten(3).permute(0, 3, 1, 2)
     return torch.stack((a, b), 2).flatten(1, 2)
+
+
+class ChannelSplit(nn.Module):
+    """Two halves of the channels, or as many as `narrow` was told. (B, C, H, W) -> two (B, …, H, W)."""
+
+    sizes: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.sizes, 1) if self.sizes else x.chunk(2, 1)
+
+    def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
+        """What `narrow` takes once only the channels in `keep` (C,) are there."""
+        half = self.sizes[0] if self.sizes else len(keep[0]) // 2
+        return [int(keep[0][:half].sum()), int(keep[0][half:].sum())]
+
+    def narrow(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+
+
+class ChannelShuffle(nn.Module):
+    """`shuffle_join`, or after `narrow` the inputs joined in another order. (B, C1, H, W), (B, C2, H, W) -> (B, C1 + C2, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", None, persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return shuffle_join(a, b) if self.order is None else torch.cat((a, b), 1).index_select(1, self.order)
+
+    def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
+        """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""
+        kept = np.concatenate(keep)
+        order = np.arange(len(kept)).reshape(2, -1).T.ravel() if self.order is None else self.order.cpu().numpy()
+        places = np.cumsum(kept) - 1
+        return places[order[kept[order]]].tolist()
+
+    def narrow(self, order: Sequence[int]) -> None:
+        if sorted(order) != list(range(len(order))):
+            raise ValueError("a shuffle's order names each of its channels once")
+        self.order = torch.tensor(order, device="cpu")
 
 
 @register("conv_bn_relu_maxpool", channels=to_width)
@@ -48,16 +91,17 @@ class Shuffle_Block(nn.Module):
         if stride not in (1, 2) or c2 % 2 or (stride == 1 and c1 != c2):
             raise ValueError(f"Shuffle_Block needs stride 1 with equal widths or stride 2, and even widths: got {c1} -> {c2}, stride {stride}")
         half = c2 // 2
-        self.stride = stride
         if stride == 2:
             self.branch1 = nn.Sequential(*_depthwise(c1, 3, 2), *_pointwise(c1, half))
+        self.split = ChannelSplit() if stride == 1 else None
+        self.shuffle = ChannelShuffle()
         self.branch2 = nn.Sequential(*_pointwise(c1 if stride == 2 else half, half), *_depthwise(half, 3, stride), *_pointwise(half, half))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride == 2:
-            return shuffle_join(self.branch1(x), self.branch2(x))
-        kept, worked = x.chunk(2, 1)
-        return shuffle_join(kept, self.branch2(worked))
+        if self.split is None:
+            return self.shuffle(self.branch1(x), self.branch2(x))
+        kept, worked = self.split(x)
+        return self.shuffle(kept, self.branch2(worked))
 
 
 @register("ShuffleUnit", channels=to_width_of_4)

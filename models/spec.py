@@ -11,12 +11,13 @@ from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
 
 IMAGE = -1  # the source row that stands for the input image
-_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head")
+_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths")
 _IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
 _DETECT = "[[17, 20, 23], 1, Detect, [nc, anchors]]"
 _LARGEST = 100_000  # of every setting
 _MOST_BLOCKS = 1000  # over all rows, repeats counted; yolov5x6 has 96
 _MOST_ARGS = 100  # of one row, nested ones counted
+_MOST_WIDTHS = 1_000_000  # numbers, all layers together; a pruned yolov5x6 has some thousands
 _WORDS = {"None": None, "none": None, "null": None, "True": True, "False": False}
 
 
@@ -49,12 +50,15 @@ class ModelSpec:
     activation: str | None
     layers: tuple[LayerSpec, ...]
     rows: tuple[tuple[list[Any], ...], tuple[list[Any], ...]]  # backbone and head as written
+    widths: Mapping[str, tuple[int | None, ...]]  # of a pruned network: layer -> its channels, see models/narrow.py
 
     def to_dict(self) -> dict[str, Any]:
         anchors = self.anchors if isinstance(self.anchors, int) else [list(level) for level in self.anchors]
         settings = {"nc": self.nc, "depth_multiple": self.depth_multiple, "width_multiple": self.width_multiple, "anchors": anchors}
         if self.activation:
             settings["activation"] = self.activation
+        if self.widths:
+            settings["widths"] = {name: list(sizes) for name, sizes in self.widths.items()}
         return settings | {"backbone": [list(row) for row in self.rows[0]], "head": [list(row) for row in self.rows[1]]}
 
     @classmethod
@@ -85,7 +89,7 @@ class ModelSpec:
                 layers.append(_layer(row, len(layers), f"{origin}: row {len(layers)} ({part} {n})", depth, words))
         _check_blocks(layers, origin)
         _check_detect(layers, classes, anchors, origin)
-        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows)
+        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows, _widths(content.get("widths") or {}, origin))
 
 
 def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
@@ -177,6 +181,18 @@ def _anchors(anchors: Any, origin: str) -> int | tuple[tuple[float, ...], ...]:
         for value in level:
             _number(value, f"anchors row {n}", origin)
     return tuple(tuple(level) for level in anchors)
+
+
+def _widths(widths: Any, origin: str) -> Mapping[str, tuple[int | None, ...]]:
+    if not isinstance(widths, dict) or not all(isinstance(name, str) and isinstance(sizes, list | tuple) for name, sizes in widths.items()):
+        raise UserError(f"{origin}: widths must name layers, each with a list of channel numbers, as prune.py writes them")
+    if sum(map(len, widths.values())) > _MOST_WIDTHS:
+        raise UserError(f"{origin}: widths: over {_MOST_WIDTHS:,} numbers")
+    for name, sizes in widths.items():
+        for size in sizes:
+            if size is not None and (type(size) is not int or not 0 <= size <= _LARGEST):
+                raise UserError(f"{origin}: widths of {name}: {size!r} is no whole number from 0 to {_LARGEST:,}, nor null")
+    return {name: tuple(sizes) for name, sizes in widths.items()}
 
 
 def _check_blocks(layers: list[LayerSpec], origin: str) -> None:

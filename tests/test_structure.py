@@ -20,7 +20,7 @@ FLOORS = ("utils.training", "utils.compare", "utils.compress", "utils.deploy", "
           "utils.data", "utils")
 # Rooms beside each other, which do not know one another.
 STRANGERS = {("utils.training", "utils.deploy"), ("utils.training", "utils.compare"), ("utils.compare", "utils.deploy"),
-             ("utils.training", "utils.compress"), ("utils.compare", "utils.compress"), ("utils.compress", "utils.deploy")}
+             ("utils.compare", "utils.compress"), ("utils.compress", "utils.deploy")}
 
 
 def module_name(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import picture_split, tiny_model, train_flags
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from utils.checkpoint import load_checkpoint
@@ -19,6 +19,7 @@ from utils.distributed import World, join_world
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.network import to_input
+from utils.training.distill import build_distillation
 from utils.training.fit import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,11 +28,19 @@ CPU = torch.device("cpu")
 IMAGES = 7  # odd: the last batch is filled up, so that both processes get as many
 
 
-def new_training(folder: Path, world: World) -> Training:
+def new_training(folder: Path, world: World, taught: bool = False) -> Training:
+    """With a teacher, wider than the network, there are adapters too: they start otherwise in each process."""
     folder.mkdir(exist_ok=True)
     split = picture_split(folder, [(64, 64), (64, 48), (48, 64), (64, 64), (64, 32), (64, 64), (48, 48)])
-    config = TrainConfig(imgsz=64, batch_size=4, workers=0, precision="fp32", cache="none")
-    return Training(tiny_model(folder), split, split, config, Hyp(), folder, CPU, world)
+    config = TrainConfig(imgsz=64, batch_size=4, workers=0, precision="fp32", cache="none", teacher=("teacher.pt",), distill_features=1.0)
+    teacher, model = tiny_model(folder, seed=1, width=16), tiny_model(folder)
+    torch.manual_seed(world.rank)
+    distillation = build_distillation(model, [teacher], config, CPU) if taught else None
+    return Training(model, split, split, config, Hyp(), folder, CPU, world, distillation=distillation)
+
+
+def learner(training: Training) -> nn.Module:
+    return training.distillation or training.model
 
 
 def gathered(training: Training) -> dict[str, Tensor]:
@@ -39,7 +48,7 @@ def gathered(training: Training) -> dict[str, Tensor]:
     training.stepper.backward = lambda loss, settings: loss.backward()
     training.stepper.step = lambda: None
     training.train_one_epoch(0)
-    return {key: p.grad for key, p in training.model.named_parameters()}
+    return {key: p.grad for key, p in learner(training).named_parameters()}
 
 
 def in_each_process(folder: Path) -> None:
@@ -47,7 +56,8 @@ def in_each_process(folder: Path) -> None:
     torch.set_num_threads(1)
     with join_world(CPU) as world:
         assert world.size == 2 and world.share(f"from {world.rank}") == "from 0"
-        torch.save(gathered(new_training(folder / f"rank{world.rank}", world)), folder / f"gradients{world.rank}.pt")
+        found = [gathered(new_training(folder / f"rank{world.rank}", world, taught)) for taught in (False, True)]
+        torch.save(found, folder / f"gradients{world.rank}.pt")
 
 
 def torchrun(*argv: str) -> subprocess.CompletedProcess:
@@ -72,17 +82,18 @@ def test_sync_bn_needs_cuda() -> None:
 def test_gradients_equal_those_computed_shard_by_shard(tmp_path: Path) -> None:
     done = torchrun(__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"gradients{rank}.pt") for rank in (0, 1))
-
-    training = new_training(tmp_path / "alone", World())
-    training.model.train()
-    for rank in (0, 1):
-        training.batches.rank, training.batches.world = rank, 2
-        for batch in training.train_loader:
-            training.criterion(training.model(to_input(batch.images, CPU)), batch.targets).total.backward()
-    for key, parameter in training.model.named_parameters():
-        torch.testing.assert_close(first[key], parameter.grad, rtol=1e-5, atol=1e-5)
-        assert torch.equal(first[key], second[key]) and first[key].any()
+    of_ranks = [torch.load(tmp_path / f"gradients{rank}.pt") for rank in (0, 1)]
+    for taught, first, second in zip((False, True), *of_ranks, strict=True):
+        training = new_training(tmp_path / "alone", World(), taught)
+        training.model.train()
+        for rank in (0, 1):
+            training.batches.rank, training.batches.world = rank, 2
+            for batch in training.train_loader:
+                training.objective(learner(training)(to_input(batch.images, CPU)), batch.targets).total.backward()
+        assert taught == any(key.startswith("adapters.") for key in first)
+        for key, parameter in learner(training).named_parameters():
+            torch.testing.assert_close(first[key], parameter.grad, rtol=1e-5, atol=1e-5)
+            assert torch.equal(first[key], second[key]) and first[key].any()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")

@@ -48,7 +48,8 @@ def flags(place: Path) -> list[str]:
 def rich(place: Path, flags: list[str]) -> list[str]:
     """With everything that has a memory of its own: the class scores, the image sizes, dropout's random stream, the schedule."""
     cfg = model_yaml(place, name="dropout.yaml", dropout=0.5)
-    return [*flags, "--cfg", str(cfg), "--epochs", str(EPOCHS), "--image-weights", "--multi-scale", "--cos-lr"]
+    return [*flags, "--cfg", str(cfg), "--epochs", str(EPOCHS), "--image-weights", "--multi-scale", "--cos-lr",
+            "--slim", "0.001", "--soft-prune", "sfp"]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_results_csv(whole: Path) -> None:
     table = rows(whole)
     assert len(table) == EPOCHS
     assert list(table[0]) == ["epoch", *(f"{p}/{n}" for p in ("train", "val") for n in ("box", "obj", "cls")),
-                              *(f"metrics/{n}" for n in ("precision", "recall", "f1", "mAP50", "mAP50-95")), "lr"]
+                              *(f"metrics/{n}" for n in ("precision", "recall", "f1", "mAP50", "mAP50-95")), "lr", "slim/near_zero"]
     assert all(np.isfinite(float(value)) for row in table for value in row.values())
     for epoch, row in enumerate(table):  # of each epoch's last batch, in a warm-up of a hundred batches
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2

@@ -23,6 +23,7 @@ BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the l
 NAME: Check = (lambda v: Path(v).name not in ("", ".."), "must be a folder's name")
 SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
 INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
+SHARE: Check = (lambda v: 0 <= v < 1, "must be at least 0 and below 1")
 SEEDS: Check = (lambda v: all(0 <= seed < 2**32 for seed in v), "must be at least 0 and below 2**32")
 SIZES_OF_BATCH: Check = (lambda v: min(v) >= 1, "must be 1 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
@@ -63,6 +64,11 @@ class DataOptions:
 class TrainConfig(DataOptions, NewRun):
     cfg: str = option("", "model YAML, found as given, in models/, models/hub/ or models/timm/")
     weights: str = option("", "start from these weights (.pt of ours or of YOLOv5)")
+    teacher: tuple[str, ...] = option((), "learn from these trained networks too (.pt of ours or of YOLOv5, same classes)", nargs="+", type=str)
+    distill: float = option(1.0, "with --teacher: gain of what it says of boxes, objects and classes; 1 weighs it like the labels",
+                            check=NOT_NEGATIVE)
+    distill_features: float = option(0.0, "with --teacher: gain of its feature maps, channel by channel; 0 is off", check=NOT_NEGATIVE)
+    teacher_imgsz: int | None = option(None, "with --teacher: its image size, pixels (default: --imgsz)", type=int, check=SIZE)
     hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
     epochs: int = option(100, "passes over the training images", check=POSITIVE)
     batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))
@@ -88,6 +94,9 @@ class TrainConfig(DataOptions, NewRun):
                                      nargs="+", type=int, check=INDICES)
     save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
     seed: int = option(0, "seed of everything random", check=SEED)
+    slim: float = option(0.0, "network slimming: L1 on batch-norm scales, such as 1e-4, for prune.py --method slimming", check=NOT_NEGATIVE)
+    soft_prune: str = option("", "zero the weakest filters after each epoch, for prune.py --method sfp or fpgm", choices=("sfp", "fpgm"))
+    soft_ratio: float = option(0.5, "share of each layer's filters that --soft-prune zeroes", check=SHARE)
     time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit",
                                check=NOT_NEGATIVE)
 
@@ -191,6 +200,31 @@ class CompareConfig(DataOptions, Common):
     noplots: bool = option(False, "write no pictures")
     name: str = option("exp", "this comparison's folder inside --project; it goes on where it stopped", check=NAME)
     project: str = option("runs/compare", "folder of comparisons")
+
+
+PRUNING = ("eagleeye", "l1", "fpgm", "slimming", "sfp")
+
+
+@dataclass(frozen=True)
+class PruneConfig(DataOptions, NewRun):
+    weights: str = option("", "the trained network (.pt of ours or of YOLOv5)", required=True)
+    method: str = option("eagleeye", "eagleeye: the best of many random plans; l1, fpgm, sfp: the same share of each layer; slimming: one threshold "
+                         "for all layers", choices=PRUNING)
+    target_flops: float = option(0.0, "keep this share of the FLOPs, such as 0.5", check=SHARE)
+    target_params: float = option(0.0, "keep this share of the parameters", check=SHARE)
+    target_latency: float = option(0.0, "keep this share of the latency measured here", check=SHARE)
+    ratio: float = option(0.0, "remove this share of each layer's channels (slimming: of all channels) instead", check=SHARE)
+    plan: str = option("", "the numbers of channels of a plan that an earlier search kept", metavar="plans/2.yaml")
+    data: str = option("", "data YAML; without it batch norms stay as they are and nothing is scored")
+    candidates: int = option(200, "plans that eagleeye tries", check=POSITIVE)
+    min_ratio: float = option(0.1, "the least share of channels that a layer keeps", check=SHARE)
+    round_to: int = option(8, "numbers of channels are multiples of it", check=POSITIVE)
+    calib: int = option(128, "training images that batch norms are re-estimated on", check=POSITIVE)
+    held_out: int = option(128, "other training images that candidates are scored on", check=POSITIVE)
+    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    seed: int = option(0, "seed of everything random", check=SEED)
+    noplots: bool = option(False, "write no pictures")
+    project: str = option("runs/prune", "folder of runs")
 
 
 class Parser(argparse.ArgumentParser):

@@ -166,8 +166,8 @@ class Comparison:
         notes += [f"latency: {runtime.describe()}" for runtime in self.runtimes if runtime.name in measured]
         if config.data:
             length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
-            seeds = " ".join(map(str, config.seeds))
-            notes.append(f"{config.data}, {config.imgsz} px, {length}, batch {config.batch_size}, seeds {seeds}; mAP is COCO's")
+            trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, config.seeds))}"
+            notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
         write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, notes + self.remarks,
                      pictures=not config.noplots)

@@ -100,4 +100,4 @@ def _flags(config: CompareConfig, names: Sequence[str]) -> list[str]:
 
 def _rows(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What makes it this network; anchors are fitted to the data when a training begins."""
-    return {key: spec.get(key) for key in ("nc", "depth_multiple", "width_multiple", "activation", "backbone", "head")}
+    return {key: spec.get(key) for key in ("nc", "depth_multiple", "width_multiple", "activation", "backbone", "head", "widths")}

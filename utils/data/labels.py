@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ class Split:
     category_ids: tuple[int, ...]  # class index -> JSON category id
     report: ScanReport
     fingerprint: str  # of everything above
+
+    def take(self, indices: Sequence[int]) -> Split:
+        """The images of these numbers, in this order; the report stays the whole split's."""
+        def chosen(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[i] for i in indices)
+
+        return replace(
+            self, images=chosen(self.images), sizes=self.sizes[list(indices)], boxes=chosen(self.boxes), crowds=chosen(self.crowds),
+            areas=chosen(self.areas), crowd_areas=chosen(self.crowd_areas), image_ids=chosen(self.image_ids),
+            fingerprint=hashlib.sha256(f"{self.fingerprint} {list(indices)}".encode()).hexdigest())
 
 
 def load_split(spec: DataSpec, split: str, *, single_cls: bool = False, cache: bool = True, progress: bool = True) -> Split:

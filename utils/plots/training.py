@@ -18,6 +18,8 @@ _PANELS = {
     "box loss": ("train/box", "val/box"),
     "objectness loss": ("train/obj", "val/obj"),
     "class loss": ("train/cls", "val/cls"),
+    "distillation loss": ("train/distill",),
+    "feature distillation loss": ("train/features",),
     "precision and recall": ("metrics/precision", "metrics/recall"),
     "mAP": ("metrics/mAP50", "metrics/mAP50-95"),
     "learning rate": ("lr",),
@@ -53,6 +55,24 @@ def plot_results(results: Path, out: Path) -> None:
             axes.set_ylim(bottom=0)
         if len(keys) > 1 or "/" in keys[0]:
             axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, out)
+
+
+def plot_gammas(histograms: np.ndarray, bins: np.ndarray, out: Path) -> None:
+    """Network slimming's batch-norm scales by epoch: how many have which size.
+
+    Args:
+        histograms: (epochs, bins) counts.
+        bins: (bins + 1,) edges; the last bin holds all larger ones too.
+    """
+    figure = new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    share = 100 * histograms / histograms.sum(1, keepdims=True)
+    mesh = axes.pcolormesh(np.arange(len(histograms) + 1) + 0.5, bins, share.T, norm=LogNorm(max(share[share > 0].min(), 0.01), 100), cmap="viridis")
+    tidy(axes, "", "epoch", "size of batch-norm scales")
+    axes.grid(visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.colorbar(mesh, ax=axes, label="% of the scales")
     save_figure(figure, out)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,13 +15,21 @@ from utils.device import autocast, peak_memory_bytes
 from utils.errors import UserError
 from utils.log import is_main_process
 from utils.network import to_input
-from utils.training.loss import DetectionLoss, Loss
+from utils.training.loss import Loss
 from utils.training.schedule import StepSettings
 from utils.training.stepper import Stepper
 
 
+class Criterion(Protocol):
+    """What the network gives for a batch, and the batch's targets, to a loss whose parts have these names."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Loss: ...
+
+
 class EpochResult(NamedTuple):
-    loss: np.ndarray  # (3,) mean box, objectness and class loss
+    loss: np.ndarray  # means of the criterion's parts
     steps: int
     settings: StepSettings  # of the last batch
     images_per_second: float
@@ -30,7 +38,7 @@ class EpochResult(NamedTuple):
 def train_epoch(
     network: nn.Module,
     batches: Iterable[Batch],
-    criterion: DetectionLoss,
+    criterion: Criterion,
     stepper: Stepper,
     settings: Callable[[int], StepSettings],
     resize: Callable[[int, Tensor], Tensor],
@@ -50,29 +58,29 @@ def train_epoch(
         UserError: the loss is no longer finite; its parts are named.
     """
     device, dtype = stepper.device, stepper.dtype
-    total, seen, start = np.zeros(3), 0, time.perf_counter()
+    total, seen, start = np.zeros(len(criterion.names)), 0, time.perf_counter()
     bar = tqdm(batches, desc=title, dynamic_ncols=True, disable=not is_main_process(), leave=True)
     for n, batch in enumerate(bar):
         images = resize(n, to_input(batch.images, device))
         with autocast(device, dtype):
-            maps = network(images)
-        loss = criterion(maps, batch.targets.to(device, non_blocking=True))
-        parts = _finite_parts(loss, n)
+            outputs = network(images)
+        loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
+        parts = _finite_parts(loss, criterion.names, n)
         step = settings(n)
         stepper.backward(loss.total * world, step)
         total += parts
         seen += len(images) * world
         rate = seen / (time.perf_counter() - start)
-        box, obj, cls = total / (n + 1)
-        bar.set_postfix_str(f"box {box:.4f} obj {obj:.4f} cls {cls:.4f} {rate:.0f} img/s {peak_memory_bytes(device) / 2**30:.2f} GB", refresh=False)
+        means = " ".join(f"{name} {value:.4f}" for name, value in zip(criterion.names, total / (n + 1), strict=True))
+        bar.set_postfix_str(f"{means} {rate:.0f} img/s {peak_memory_bytes(device) / 2**30:.2f} GB", refresh=False)
     stepper.step()  # what is gathered belongs to this epoch: the next one starts clean, here or in a resumed run
     return EpochResult(total / (n + 1), n + 1, step, rate)
 
 
-def _finite_parts(loss: Loss, n: int) -> np.ndarray:
+def _finite_parts(loss: Loss, names: tuple[str, ...], n: int) -> np.ndarray:
     parts = loss.parts.cpu().numpy().astype(np.float64)
     if not np.isfinite(parts).all():
-        named = ", ".join(f"{name} {value:.4g}" for name, value in zip(Loss.NAMES, parts, strict=True))
+        named = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, parts, strict=True))
         raise UserError(f"the loss is not finite at batch {n} of this epoch ({named}): lower lr0 in --hyp, or try --precision fp32; "
                         "last.pt holds the epoch before")
     return parts

@@ -26,17 +26,19 @@ from utils.evaluate.validate import ValResult, validate
 from utils.files import atomic_write, remove_leftovers
 from utils.log import info
 from utils.plots.run import draw_data, draw_validation
-from utils.plots.training import plot_results
+from utils.plots.training import plot_gammas, plot_results
+from utils.training.distill import Distillation
 from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
-from utils.training.loss import DetectionLoss, Loss
+from utils.training.loss import DetectionLoss
 from utils.training.optim import build_optimizer, load_optimizer
 from utils.training.schedule import progress, settings, warmup_steps
+from utils.training.sparsity import GAMMA_BINS, Sparsity
 from utils.training.state import TrainState
 from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
 
-_ALONE = World()
+_ALONE, _DENSE = World(), Sparsity()
 
 
 class Training:
@@ -44,13 +46,15 @@ class Training:
 
     def __init__(
         self, model: torch.nn.Module, train_split: Split, val_split: Split, config: TrainConfig, hyp: Hyp, run_dir: Path, device: torch.device,
-        world: World = _ALONE, state: TrainState | None = None,
+        world: World = _ALONE, state: TrainState | None = None, distillation: Distillation | None = None, sparsity: Sparsity = _DENSE,
     ) -> None:
         """
         Args:
             model: a DetectionModel on `device`; see models/yolo.py.
             config: with a whole batch size (over all processes) and an image size that the strides divide.
             state: of the run to go on with.
+            distillation: `model` beside its teachers, if it has any.
+            sparsity: of `model`.
         """
         self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run_dir, device, world
         self.train_split, self.val_split = train_split, val_split
@@ -59,9 +63,14 @@ class Training:
         self.state.config = dataclasses.asdict(config)
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
+        self.distillation = distillation
+        self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
+        learner = distillation or model  # what has weights to move
         # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
-        self.stepper = Stepper(model, build_optimizer(model, config.optimizer, hyp, config.batch_size), ModelEma(model), device, self.dtype)
-        self.network = world.wrap(model, device, config.sync_bn)
+        optimizer = build_optimizer(learner, config.optimizer, hyp, config.batch_size)
+        self.sparsity = sparsity
+        self.stepper = Stepper(model, optimizer, ModelEma(model), device, self.dtype, sparsity.slimming)
+        self.network = world.wrap(learner, device, config.sync_bn)
         self.scalars = Scalars(run_dir) if world.rank == 0 else None
         self.result: ValResult | None = None
         if state:
@@ -73,6 +82,8 @@ class Training:
             epoch = self.state.epoch
             epoch_start = time.perf_counter()
             trained = self.train_one_epoch(epoch, _eta(self.state, self.config.epochs, self.config.time_limit * 60))
+            if self.sparsity.soft_pruning:
+                self.sparsity.soft_pruning(self.model, self.stepper.ema.model)
             stop = False
             if self.world.rank == 0:
                 self._validate(epoch)
@@ -100,6 +111,8 @@ class Training:
         result = validate(model.fused(), self.val_loader, self.val_split, self.device, self.dtype)
         if not self.config.noplots:
             plot_results(self.run_dir / "results.csv", self.run_dir / "results.png")
+            if self.sparsity.slimming:
+                plot_gammas(np.array(self.state.gammas), GAMMA_BINS, self.run_dir / "gammas.png")
             draw_validation(self.run_dir, result, self.val_split)
         info(f"\n{score_table(result, self.val_split, per_class=True)}\n")
         info(f"weights:  {best} ({best.stat().st_size / 1e6:.1f} MB), and last.pt beside it to --resume from")
@@ -137,7 +150,7 @@ class Training:
         resize = random_resize(config.imgsz, self.model.max_stride, config.seed, epoch) if config.multi_scale else same_size
         self.model.train()
         return train_epoch(
-            self.network, self.train_loader, self.criterion, self.stepper,
+            self.network, self.train_loader, self.objective, self.stepper,
             settings=lambda n: settings(self.state.step + n, done, warmup, config.batch_size, self.hyp, config.cos_lr),
             resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}".rstrip(), world=self.world.size,
         )
@@ -163,14 +176,18 @@ class Training:
 
     def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
         row = {"epoch": epoch, "time_s": round(seconds, 3)}
-        row |= {f"train/{name}": float(value) for name, value in zip(Loss.NAMES, trained.loss, strict=True)}
+        row |= {f"train/{name}": float(value) for name, value in zip(self.objective.names, trained.loss, strict=True)}
         if self.result:
             metrics = self.result.metrics()
-            row |= {f"val/{name}": float(value) for name, value in zip(Loss.NAMES, self.result.loss, strict=True)}
+            row |= {f"val/{name}": float(value) for name, value in zip(self.criterion.names, self.result.loss, strict=True)}
             row |= {f"metrics/{name}": value for name, value in metrics.items()}
             info(f"  val: P {metrics['precision']:.3f}  R {metrics['recall']:.3f}  mAP50 {metrics['mAP50']:.4f}  mAP50-95 {metrics['mAP50-95']:.4f}"
                  f"  ({seconds:.0f} s, {trained.images_per_second:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GB)")
         row["lr"] = trained.settings.weight_lr
+        if slimming := self.sparsity.slimming:
+            row["slim/near_zero"] = slimming.sparsity()
+            self.state.gammas.append(slimming.histogram())
+            info(f"  slimming: {100 * row['slim/near_zero']:.1f} % of the scales are nearly zero")
         self.state.history.append(row)
         self.scalars.add(epoch, row)
         write_results(self.run_dir / "results.csv", self.state.history)
@@ -208,6 +225,8 @@ class Training:
         if self.config.save_period > 0 and state.epoch % self.config.save_period == 0:
             save_checkpoint(weights_dir / f"epoch{state.epoch}.pt", self._checkpoint(half=True))
         state.model, state.optimizer = dict(self.model.state_dict()), self.stepper.optimizer.state_dict()
+        if self.distillation:
+            state.adapters = dict(self.distillation.adapters.state_dict())
         state.scaler, state.ema_updates = self.stepper.scaler.state_dict(), self.stepper.ema.updates
         checkpoint = self._checkpoint(half=False)
         checkpoint.training = state.to_dict()
@@ -217,6 +236,8 @@ class Training:
         """Averaged weights are the checkpoint's own: `model` came with them; the raw ones replace them here."""
         self.stepper.ema.updates = state.ema_updates
         self.model.load_state_dict(state.model)
+        if self.distillation:
+            self.distillation.adapters.load_state_dict(state.adapters)
         load_optimizer(self.stepper.optimizer, state.optimizer)
         self.stepper.scaler.load_state_dict(state.scaler)
         if self.world.rank == 0:

@@ -20,9 +20,7 @@ class Loss(NamedTuple):
     """`total` to minimise (summed over the batch's images) and its parts, means of the batch."""
 
     total: Tensor
-    parts: Tensor  # (3,) box, objectness, class; detached
-
-    NAMES = ("box", "obj", "cls")
+    parts: Tensor  # one for each of the criterion's names; detached
 
 
 class DetectionLoss:
@@ -33,6 +31,8 @@ class DetectionLoss:
         nc: classes.
         imgsz: training size, pixels; the gains are tuned for 640.
     """
+
+    names = ("box", "obj", "cls")
 
     def __init__(self, anchors: Tensor, nc: int, hyp: Hyp, imgsz: int, label_smoothing: float = 0.0) -> None:
         self.anchors, self.anchor_t = anchors, hyp.anchor_t

@@ -11,7 +11,7 @@ from utils.checkpoint import Checkpoint, load_checkpoint
 from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
-from utils.files import new_run_dir, write_yaml
+from utils.files import ROOT, find_file, new_run_dir, write_yaml
 from utils.log import info
 from utils.training.state import TrainState
 
@@ -28,11 +28,30 @@ class Run:
 
 
 def new_run(given: dict[str, Any]) -> Run:
-    """A run of these settings, its files named so that --resume finds them from any folder."""
+    """A run of these settings, its files named so that --resume finds them from any folder.
+
+    Raises:
+        UserError: a file is not there, or a teacher's settings are given without one, or leave nothing to learn from it.
+    """
     config = TrainConfig(**given)
-    paths = {"data": str(find_data_yaml(config.data))}
+    _check_teacher(config, given)
+    paths: dict[str, Any] = {"data": str(find_data_yaml(config.data))}
+    paths["teacher"] = _find_teachers(config)
     paths |= {name: os.path.abspath(value) for name in ("data_root", "plugin") if (value := getattr(config, name))}
     return Run(dataclasses.replace(config, **paths), load_hyp(config.hyp))
+
+
+def _check_teacher(config: TrainConfig, given: dict[str, Any]) -> None:
+    for name in ("distill", "distill_features", "teacher_imgsz"):
+        if name in given and not config.teacher:
+            raise UserError(f"--{name.replace('_', '-')}: needs a teacher: name a trained network, --teacher runs/train/exp/weights/best.pt")
+    if config.teacher and not config.distill and not config.distill_features:
+        raise UserError("--distill 0: leaves nothing to learn from --teacher: give --distill-features a gain above 0, or leave out --teacher")
+
+
+def _find_teachers(config: TrainConfig) -> tuple[str, ...]:
+    """Absolute; raises the one line on a file that is not, or no longer, there."""
+    return tuple(os.path.abspath(find_file(path, [ROOT], "teacher (weights are not downloaded)")) for path in config.teacher)
 
 
 def _newest_last(project: str) -> Path:
@@ -64,6 +83,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
         raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
+    _find_teachers(config)
     state.finished = False
     info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
     return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parents[1], checkpoint, state)

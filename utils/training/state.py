@@ -22,8 +22,10 @@ class TrainState:
     best_epoch: int = 0
     ema_updates: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # a row of results.csv for each epoch
+    gammas: list[list[int]] = field(default_factory=list)  # with --slim: a histogram of batch-norm scales for each epoch
     class_ap: list[float] = field(default_factory=list)  # of the last validation, for --image-weights
     model: dict[str, Tensor] = field(default_factory=dict)  # raw weights; the checkpoint's own are the averaged ones
+    adapters: dict[str, Tensor] = field(default_factory=dict)  # of a feature distillation
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     finished: bool = False

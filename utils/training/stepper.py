@@ -1,6 +1,8 @@
 """From a loss to moved weights: scaling, accumulation, clipping, the optimizer's step and the averaged copy."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,11 +14,16 @@ _MAX_GRAD_NORM = 10.0
 
 
 class Stepper:
-    """Gathers gradients over batches and steps when `accumulate` of them are in."""
+    """Gathers gradients over batches and steps when `accumulate` of them are in.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.optimizer, self.ema, self.device, self.dtype = model, optimizer, ema, device, dtype
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    Args:
+        penalty: adds to the gradients before each step, once they are unscaled and clipped.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma, device: torch.device, dtype: torch.dtype,
+                 penalty: Callable[[], None] | None = None) -> None:
+        self.model, self.optimizer, self.ema, self.device, self.dtype, self.penalty = model, optimizer, ema, device, dtype, penalty
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         # Only fp16 can underflow; elsewhere the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._gathered = 0
@@ -34,6 +41,8 @@ class Stepper:
             return
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
+        if self.penalty:
+            self.penalty()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

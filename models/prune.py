@@ -1,0 +1,52 @@
+"""A detector with fewer channels: which can go, and the network that is left."""
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from models.yolo import DetectionModel
+from utils.compress.graph import ChannelGraph
+from utils.compress.plan import Cost, Plan, first_of
+from utils.compress.trace import trace_channels
+from utils.measure.runtimes import pytorch_run
+from utils.measure.timing import time_interleaved
+
+_ROUNDS = 6
+_ROWS = "model."  # prefix of the rows' names, which a spec leaves out
+
+
+def channel_graph(model: DetectionModel) -> ChannelGraph:
+    """The removable channels of a detector."""
+    model = model.eval()
+    side = 2 * model.max_stride
+    trace = trace_channels(model, torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
+    return ChannelGraph(trace, {key: tensor.shape for key, tensor in model.state_dict().items()})
+
+
+def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray) -> DetectionModel:
+    """The network that is left of `model`, with its weights, in eval mode.
+
+    Args:
+        graph: of this model.
+        keep: (channels,) bool, see ChannelGraph.
+    """
+    before = {_ROWS + name: sizes for name, sizes in model.spec.widths.items()}
+    widths = {name.removeprefix(_ROWS): sizes for name, sizes in graph.widths(model, keep, before).items()}
+    left = DetectionModel(dataclasses.replace(model.spec, widths=widths), model.names)
+    left.load_state_dict(graph.cut(model.state_dict(), keep))
+    return left.to(next(model.parameters()).device).eval()
+
+
+def latency_share(model: DetectionModel, graph: ChannelGraph, imgsz: int) -> Cost:
+    """A plan's latency, batch 1, eager fp32, as a share of the whole network's, which is timed beside it each time."""
+    images = torch.full((1, 3, imgsz, imgsz), 0.5, device=next(model.parameters()).device)
+
+    def cost(plan: Plan) -> float:
+        networks = {"whole": model, "left": remove_channels(model, graph, first_of(graph, plan))}
+        runs = {name: pytorch_run(network.fused().to(memory_format=torch.channels_last), images, torch.float32) for name, network in networks.items()}
+        latencies = time_interleaved(runs, _ROUNDS, title="latency").latencies
+        return latencies["left"].p50_ms / latencies["whole"].p50_ms
+
+    return cost

@@ -1,0 +1,71 @@
+"""Remove channels of a trained network; what is left trains, validates, detects, is compared and pruned again like any other.
+
+    python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5
+    python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5 --plan runs/prune/exp/plans/2.yaml
+    python prune.py --weights best.pt --method l1 --ratio 0.3
+    python train.py --weights runs/prune/exp/pruned.pt --data bccd.yaml --epochs 50
+
+A search that was interrupted goes on with the same command and --exist-ok.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, parse
+from utils.errors import script
+from utils.threads import wait_politely
+
+
+@script
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(PruneConfig, argv, "Remove channels of a trained network.")
+    wait_politely()
+    # PyTorch and what needs it come in only now, so that --help answers at once.
+    import torch
+
+    from models import profile
+    from models.plugin import load_plugin
+    from models.prune import channel_graph, latency_share, remove_channels
+    from models.yolo import model_from_checkpoint
+    from utils.checkpoint import load_checkpoint
+    from utils.compare.comparison import Comparison
+    from utils.compare.entrants import Entrant
+    from utils.compress.pruning import Pruning, check_settings, open_slices
+    from utils.compress.report import report, save_pruned
+    from utils.data.open import open_splits
+    from utils.device import keep_freed_memory, select_device
+    from utils.evaluate.validate import check_classes
+    from utils.files import new_run_dir
+    from utils.log import info
+
+    check_settings(config)
+    keep_freed_memory()
+    device = select_device(config.device)
+    load_plugin(config.plugin)
+    checkpoint = load_checkpoint(config.weights)
+    model = model_from_checkpoint(checkpoint, config.weights).to(device, memory_format=torch.channels_last)
+    imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
+    slices = None
+    if config.data:
+        (split,) = open_splits(config, ("train",))
+        check_classes(model.names, split.names, config.single_cls, config.weights)
+        slices = open_slices(split, config, imgsz, model.pad_stride)
+    graph = channel_graph(model)
+    folder = new_run_dir(config.project, config.name, config.exist_ok)
+    pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz), folder)
+    plan, left = pruning.run()
+    save_pruned(folder / "pruned.pt", left, imgsz)
+    report(pruning, plan)
+    whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / "pruned.pt"))
+    costs = CompareConfig(weights=(whole.weights, pruned.weights), data=config.data, data_root=config.data_root, imgsz=imgsz, batches=(1,),
+                          runtimes=("PyTorch fp32",), device=config.device, workers=config.workers, single_cls=config.single_cls,
+                          noplots=config.noplots, project=str(folder), name="comparison")
+    Comparison(costs, [whole, pruned], profile).run()
+    info(f"weights: {folder / 'pruned.pt'}; next: python train.py --weights {folder / 'pruned.pt'} --data {config.data or 'DATA.yaml'} "
+         f"--imgsz {imgsz} --epochs 50")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

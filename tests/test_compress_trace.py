@@ -1,0 +1,186 @@
+"""Channels followed through small networks whose answer is known, and through every network YAML: what is cut equals what is zeroed."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transplant import lived_in
+
+from models.prune import channel_graph, remove_channels
+from models.spec import load_spec
+from models.yolo import DetectionModel
+from utils.compress.graph import ChannelGraph
+from utils.compress.trace import KEPT, trace_channels
+
+FILES = sorted(Path(__file__).resolve().parents[1].glob("models/**/*.yaml"))
+LIGHT = ["yolov5n", "yolov5s-ghost", "yolov5s-shuffle", "yolov5n-ghostnet-0.5x", "yolov5n-mobilenetv3-small", "yolov5n-shufflenetv2-0.5x",
+         "yolov5s-repghost", "yolov5s-repvgg-a0", "yolov5s-lcnet", "yolov5s-transformer", "yolov5s-timm-regnety-200mf", "yolov5s-timm-convnext-atto",
+         "yolov5s-torchvision-mobilenetv3-small", "yolov3-tiny"]
+
+
+class Net(nn.Module):
+    """What `forward` says of some layers."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def conv(c1: int, c2: int, k: int = 1, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(c1, c2, k, padding=k // 2, **options)
+
+
+def graph_of(net: nn.Module, channels: int = 3) -> ChannelGraph:
+    trace = trace_channels(net.eval(), torch.zeros(1, channels, 8, 8))
+    return ChannelGraph(trace, {key: tensor.shape for key, tensor in net.state_dict().items()})
+
+
+def groups_of(net: nn.Module) -> dict[str, tuple[int, tuple[str, ...]]]:
+    return {group.name: (len(group.channels), group.layers) for group in graph_of(net).groups}
+
+
+def test_a_chain():
+    net = Net(lambda n, x: n.b(torch.relu(n.a(x))), a=conv(3, 4), b=conv(4, 2))
+    assert groups_of(net) == {"a.weight": (4, ("a.weight",))}  # b makes the output
+    uses = graph_of(net).uses
+    assert np.array_equal(uses["b.weight"][1], uses["a.weight"][0]) and (uses["a.weight"][1] == KEPT).all() and (uses["b.bias"][0] == KEPT).all()
+
+
+def test_a_sum_ties_its_inputs():
+    net = Net(lambda n, x: n.c(n.a(x) + n.b(x)), a=conv(3, 4), b=conv(3, 4), c=conv(4, 2))
+    assert groups_of(net) == {"a.weight": (4, ("a.weight", "b.weight"))}
+
+
+def test_a_concatenation_does_not():
+    net = Net(lambda n, x: n.c(torch.cat((n.a(x), n.b(x)), 1)), a=conv(3, 4), b=conv(3, 2), c=conv(6, 2))
+    graph = graph_of(net)
+    assert {group.name: len(group.channels) for group in graph.groups} == {"a.weight": 4, "b.weight": 2}
+    assert np.array_equal(graph.uses["c.weight"][1], np.concatenate([graph.uses["a.weight"][0], graph.uses["b.weight"][0]]))
+
+
+def test_a_depthwise_convolution_follows_its_input():
+    net = Net(lambda n, x: n.c(n.b(n.a(x))), a=conv(3, 4), b=conv(4, 8, 3, groups=4), c=conv(8, 2))
+    graph = graph_of(net)
+    assert [group.name for group in graph.groups] == ["a.weight"]
+    assert np.array_equal(graph.uses["b.weight"][0], np.repeat(graph.uses["a.weight"][0], 2))
+
+
+def test_the_groups_of_a_convolution_lose_the_same_channels():
+    net = Net(lambda n, x: n.c(n.b(n.a(x))), a=conv(3, 6), b=conv(6, 4, 3, groups=2), c=conv(4, 2))
+    graph = graph_of(net)
+    assert {group.name: len(group.channels) for group in graph.groups} == {"a.weight": 3, "b.weight": 2}
+    a = graph.uses["a.weight"][0]
+    assert np.array_equal(a[:3], a[3:])
+
+
+def test_a_shuffle_is_the_permutation_that_it_is():
+    def forward(n: Net, x: Tensor) -> Tensor:
+        return n.c(torch.stack((n.a(x), n.b(x)), 2).flatten(1, 2))
+
+    graph = graph_of(Net(forward, a=conv(3, 2), b=conv(3, 2), c=conv(4, 2)))
+    a, b = graph.uses["a.weight"][0], graph.uses["b.weight"][0]
+    assert graph.uses["c.weight"][1].tolist() == [a[0], b[0], a[1], b[1]]
+
+
+@pytest.mark.parametrize("mix", [
+    lambda n, x: x.softmax(1), lambda n, x: x.mean(1, keepdim=True).expand(-1, 4, -1, -1), lambda n, x: nn.functional.layer_norm(x, x.shape[1:]),
+    lambda n, x: torch.cat((x[:, 2:], x[:, :2]), 1), lambda n, x: x.cumsum(1), lambda n, x: x * n.scale, lambda n, x: x / (1 + x.abs()),
+], ids=["softmax", "mean over channels", "layer norm", "slices by number", "cumulative sum", "learned scale", "division"])  # fmt: skip
+def test_what_needs_every_channel_keeps_it(mix):
+    net = Net(lambda n, x: n.b(mix(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
+    net.scale = nn.Parameter(torch.ones(4, 1, 1))
+    graph = graph_of(net)
+    assert graph.groups == () and graph.kept_whole
+
+
+def test_weights_used_twice_are_kept():
+    net = Net(lambda n, x: n.b(n.b(n.a(x))), a=conv(3, 4), b=conv(4, 4))
+    assert graph_of(net).groups == ()
+
+
+def test_costs_by_hand():
+    net = Net(lambda n, x: n.b(torch.relu(n.a(x))), a=conv(3, 4, 3), b=conv(4, 2))
+    graph = graph_of(net)
+    assert graph.macs(graph.everything) == 64 * (3 * 9 * 4 + 4 * 2)
+    keep = graph.keep({"a.weight": np.array([True, False, True, False])})
+    assert graph.macs(keep) == 64 * (3 * 9 * 2 + 2 * 2)
+    assert graph.parameters(keep, ["a.weight", "a.bias", "b.weight", "b.bias"]) == 3 * 9 * 2 + 2 + 2 * 2 + 2
+
+
+def check(name: str, seed: int = 0) -> None:
+    """Random channels at random shares: the network that is left equals the whole one with those channels zeroed, at Detect's inputs."""
+    torch.manual_seed(seed)
+    model = lived_in(DetectionModel(load_spec(f"{name}.yaml", 3)))
+    graph = channel_graph(model)
+    rng = np.random.default_rng(seed)
+    chosen = {}
+    for group in graph.groups:
+        kept = rng.random(len(group.channels)) < rng.uniform(0.3, 1)
+        kept[rng.integers(len(kept))] = True
+        chosen[group.name] = kept
+    keep = graph.keep(chosen)
+    left = remove_channels(model, graph, keep)
+    weights = [key for key, _ in model.named_parameters()]
+    assert sum(p.numel() for p in left.parameters()) == graph.parameters(keep, weights) < sum(p.numel() for p in model.parameters())
+
+    zeroed = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for key, dims in graph.uses.items():
+        for dim, channels in enumerate(dims):
+            if channels is not None:
+                zeroed[key].index_fill_(dim, torch.from_numpy(np.flatnonzero(~keep[channels])), 0)
+    model.load_state_dict(zeroed)
+    side = 2 * model.max_stride
+    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    wanted, found = features(model, images), features(left, images)
+    for n, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        a = a[:, torch.from_numpy(keep[graph.uses[f"model.{len(model.model) - 1}.m.{n}.weight"][1]])]
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def features(model: DetectionModel, images: Tensor) -> list[Tensor]:
+    """Detect's inputs."""
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_cut_equals_zeroed_light(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_cut_equals_zeroed(path: Path) -> None:
+    for seed in (1, 2):
+        check(path.stem, seed)
+
+
+def test_a_pruned_network_is_pruned_again():
+    torch.manual_seed(0)
+    model = lived_in(DetectionModel(load_spec("yolov5s-shuffle.yaml", 3)))
+    for seed in (0, 1):
+        graph = channel_graph(model)
+        rng = np.random.default_rng(seed)
+        keep = graph.keep({group.name: np.arange(len(group.channels)) < max(1, round(0.8 * len(group.channels))) if rng.random() < 0.7
+                           else np.ones(len(group.channels), bool) for group in graph.groups})
+        left = remove_channels(model, graph, keep)
+        again = DetectionModel(left.spec)  # from its spec alone
+        again.load_state_dict(left.state_dict())
+        images = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            for a, b in zip(left(images), again.eval()(images), strict=True):
+                assert torch.equal(a, b)
+        assert sum(p.numel() for p in left.parameters()) < sum(p.numel() for p in model.parameters())
+        model = left

@@ -1,0 +1,93 @@
+"""Slimming's penalty and soft pruning's zeros, and what pruning makes of them."""
+from __future__ import annotations
+
+import copy
+import csv
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, train_flags
+from torch import nn
+from transplant import lived_in
+
+from models.prune import channel_graph, remove_channels
+from models.spec import load_spec
+from models.yolo import DetectionModel, load_model
+from train import main
+from utils.compress.importance import fpgm, l2
+from utils.compress.plan import Limits, best_of, uniform
+from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning
+
+
+def scales(model: nn.Module) -> list[nn.Parameter]:
+    return [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_the_penalty_is_the_subgradient_of_l1(tmp_path):
+    model = tiny_model(tmp_path)
+    slimming = Slimming(channel_graph(model), model, 0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first = scales(model)[0]
+    with torch.no_grad():
+        first[:3] = torch.tensor([-2.0, 0.0, 3.0])
+    slimming()
+    assert first.grad[:3].tolist() == [0.5, 1.0, 1.5]
+    for name, parameter in model.named_parameters():
+        assert name.endswith("bn.weight") or (parameter.grad == 1).all()
+
+
+def test_the_histogram_counts_every_scale(tmp_path):
+    model = tiny_model(tmp_path)
+    slimming = Slimming(channel_graph(model), model, 0.5)
+    with torch.no_grad():
+        for scale in scales(model):
+            scale.fill_(0.001)
+        scales(model)[0][:2] = torch.tensor([-1.01, 7.0])
+    counts, total = slimming.histogram(), sum(map(len, scales(model)))
+    assert sum(counts) == total and counts[0] == total - 2 and counts[-1] == 1 and counts[np.searchsorted(GAMMA_BINS, 1.01) - 1] == 1
+    assert slimming.sparsity() == pytest.approx((total - 2) / total)
+
+
+@pytest.mark.parametrize("name", ["yolov5n-ghost.yaml", "yolov5s-shuffle.yaml", "yolov5n-mobilenetv3-small.yaml"])
+@pytest.mark.parametrize("score", [l2, fpgm])
+def test_zeroed_filters_can_go_without_a_trace(name, score):
+    torch.manual_seed(0)
+    model = lived_in(DetectionModel(load_spec(name, 2)))
+    average = copy.deepcopy(model)
+    graph = channel_graph(model)
+    SoftPruning(graph, score, 0.4)(model, average)
+    keep = best_of(graph, uniform(graph, Limits(0.0, 1))(0.6), l2(graph, average.state_dict()))
+    left = remove_channels(average, graph, keep)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(average(images), left(images), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in left.parameters()) < 0.6 * sum(p.numel() for p in average.parameters())
+
+
+def test_gradients_find_zeroed_filters_again(tmp_path):
+    model = lived_in(tiny_model(tmp_path))
+    SoftPruning(channel_graph(model), l2, 0.5)(model, copy.deepcopy(model))
+    weight = model.model[0].conv.weight
+    zero = weight.detach().flatten(1).norm(dim=1) == 0
+    assert zero.sum() == len(weight) // 2
+    sum(raw.square().sum() for raw in model.train()(torch.rand(2, 3, 64, 64))).backward()
+    assert (weight.grad.flatten(1).norm(dim=1)[zero] > 0).all()
+
+
+@pytest.mark.parametrize("flags", [["--slim", "0.01"], ["--soft-prune", "sfp"], ["--soft-prune", "fpgm", "--soft-ratio", "0.3"]])
+def test_training(tmp_path, flags):
+    assert main([*train_flags(tmp_path), *flags]) == 0
+    with open(tmp_path / "runs/exp/results.csv") as file:
+        assert ("slim/near_zero" in next(csv.reader(file))) == ("--slim" in flags)
+    norms = load_model(str(tmp_path / "runs/exp/weights/last.pt")).model[0].conv.weight.flatten(1).norm(dim=1)
+    zeros = {"--slim": 0, "--soft-prune": round(len(norms) * (0.3 if "0.3" in flags else 0.5))}
+    assert (norms == 0).sum() == zeros[flags[0]]
+
+
+def test_the_scales_are_drawn(tmp_path):
+    words = [word for word in train_flags(tmp_path) if word != "--noplots"]
+    assert main([*words, "--slim", "0.01"]) == 0
+    assert (tmp_path / "runs/exp/gammas.png").stat().st_size > 5000

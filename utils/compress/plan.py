@@ -1,0 +1,117 @@
+"""How many channels each group keeps, so that the network costs what was asked for."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.compress.graph import ChannelGraph, Group
+from utils.compress.importance import Scores
+from utils.errors import UserError
+
+Plan = dict[str, int]  # group -> channels that it keeps
+Maker = Callable[[float], Plan]  # of a share: 0 keeps the least, 1 everything
+Cost = Callable[[Plan], float]  # as a share of the whole network's
+
+_HALVINGS = 20
+
+
+class Limits(NamedTuple):
+    """What every plan respects."""
+
+    least: float  # share of a group's channels that stays
+    round_to: int  # numbers of channels are multiples of it, for the vectors of a processor
+
+    def count(self, graph: ChannelGraph, group: Group, wanted: float) -> int:
+        """The nearest number of channels that may stay."""
+        total, step = len(group.channels), self.step(graph, group)
+        least = min(total, max(1, math.ceil(self.least * total / step) * step))
+        return min(max(least, round(wanted / step) * step), total)
+
+    def step(self, graph: ChannelGraph, group: Group) -> int:
+        """A layer may make a channel several times, as ShuffleNet's and RegNet's groups do."""
+        layer = graph.by_weight[group.layers[0]]
+        times = max(1, int(np.isin(layer.outputs, group.channels).sum()) // len(group.channels))
+        return self.round_to // math.gcd(self.round_to, times)
+
+
+def uniform(graph: ChannelGraph, limits: Limits) -> Maker:
+    """The same share of every group."""
+    def make(share: float) -> Plan:
+        return {group.name: limits.count(graph, group, share * len(group.channels)) for group in graph.groups}
+
+    return make
+
+
+def global_threshold(graph: ChannelGraph, limits: Limits, scores: Scores) -> Maker:
+    """Of all groups together those above one threshold (network slimming); what has no finite score stays."""
+    everyone = np.sort(np.concatenate([own for own in scores.values() if np.isfinite(own).all()] or [np.zeros(1)]))
+
+    def make(share: float) -> Plan:
+        threshold = everyone[min(int((1 - share) * len(everyone)), len(everyone) - 1)] if share < 1 else -np.inf
+        return {group.name: limits.count(graph, group, int((scores[group.name] >= threshold).sum())) for group in graph.groups}
+
+    return make
+
+
+def random_shares(graph: ChannelGraph, limits: Limits, rng: np.random.Generator) -> Maker:
+    """A share of its own for each group, drawn evenly between the least and all; raised to one power together to meet a budget."""
+    drawn = {group.name: rng.uniform(limits.least, 1) for group in graph.groups}
+
+    def make(share: float) -> Plan:
+        power = (1 - share) / max(share, 1e-6)
+        return {group.name: limits.count(graph, group, drawn[group.name] ** power * len(group.channels)) for group in graph.groups}
+
+    return make
+
+
+def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
+    """The choice that a plan leaves: of each group the channels of the highest scores; of equal ones the first."""
+    chosen = {}
+    for group in graph.groups:
+        chosen[group.name] = np.zeros(len(group.channels), bool)
+        chosen[group.name][np.argsort(-scores[group.name], kind="stable")[: plan[group.name]]] = True
+    return graph.keep(chosen)
+
+
+def meet(make: Maker, cost: Cost, target: float, what: str) -> Plan:
+    """The plan of the largest share whose cost is not above the target.
+
+    Raises:
+        UserError: even the least costs more; the line says how much.
+    """
+    least = cost(make(0.0))
+    if least > target:
+        raise UserError(f"{what} {target:g}: can't be reached: {least:.3f} is the least that --min-ratio and --round-to leave")
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(make(middle)) <= target else (low, middle)
+    return make(low)
+
+
+def fill(graph: ChannelGraph, plan: Plan, cost: Cost, target: float, limits: Limits) -> Plan:
+    """The plan with a step more wherever the budget still allows it, those groups first that keep the smallest share."""
+    plan = dict(plan)
+    for group in sorted(graph.groups, key=lambda group: plan[group.name] / len(group.channels)):
+        wider = plan | {group.name: limits.count(graph, group, plan[group.name] + limits.step(graph, group))}
+        if cost(wider) <= target:
+            plan = wider
+    return plan
+
+
+def macs_share(graph: ChannelGraph) -> Cost:
+    whole = graph.macs(graph.everything)
+    return lambda plan: graph.macs(first_of(graph, plan)) / whole
+
+
+def parameters_share(graph: ChannelGraph, trained: list[str]) -> Cost:
+    whole = graph.parameters(graph.everything, trained)
+    return lambda plan: graph.parameters(first_of(graph, plan), trained) / whole
+
+
+def first_of(graph: ChannelGraph, plan: Plan) -> np.ndarray:
+    """A choice of that many channels, whichever: a cost depends on their number."""
+    return graph.keep({group.name: np.arange(len(group.channels)) < plan[group.name] for group in graph.groups})

@@ -1,0 +1,177 @@
+"""A pruning from its settings to the channels that stay."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.compress.eagleeye import Candidate, Search
+from utils.compress.graph import ChannelGraph
+from utils.compress.importance import fpgm, gamma, l1, l2
+from utils.compress.norms import reestimate_norms
+from utils.compress.plan import Cost, Limits, Plan, best_of, fill, global_threshold, macs_share, meet, parameters_share, random_shares, uniform
+from utils.config import PruneConfig
+from utils.data.labels import Split
+from utils.data.open import val_loader
+from utils.errors import UserError
+from utils.evaluate.validate import validate
+from utils.files import read_yaml, write_yaml
+from utils.log import info
+from utils.network import to_input
+
+_IMPORTANCE = {"eagleeye": l1, "l1": l1, "fpgm": fpgm, "sfp": l2, "slimming": gamma}
+_BATCH = 16
+_LEAST_IMAGES = 8  # of each slice
+_PLANS = 5  # of a search's best that are kept
+
+
+def check_settings(config: PruneConfig) -> None:
+    """Refuse what says too little or too much of how far to go.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    given = [flag for flag in ("target_flops", "target_params", "target_latency", "ratio", "plan") if getattr(config, flag)]
+    if len(given) != 1:
+        also = " and ".join(f"--{flag.replace('_', '-')}" for flag in given)
+        raise UserError(f"say how far to go by one flag, {f'not by {also}' if given else 'such as --target-flops 0.5 or --ratio 0.3'}")
+    if config.method == "eagleeye" and not config.plan:
+        if config.ratio:
+            raise UserError("--ratio says nothing to --method eagleeye, which tries plans of one budget: give --target-flops, or --method l1")
+        if not config.data:
+            raise UserError("--method eagleeye scores its plans on training images: name them with --data")
+
+
+class Slices(NamedTuple):
+    """Training images, letterboxed, that a pruning looks at."""
+
+    estimation: list[Tensor]  # batches (B, 3, H, W) uint8 for the batch norms
+    held_out: list[Any]  # batches to score on
+    held_out_split: Split
+
+
+def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> Slices:
+    """`--calib` and `--held-out` images of a training split, none in both, drawn by `--seed`.
+
+    Raises:
+        UserError: the split has too few images.
+    """
+    total, wanted = len(split.images), config.calib + config.held_out
+    if total < 2 * _LEAST_IMAGES:
+        raise UserError(f"{config.data}: its {total} training images are too few to re-estimate batch norms on some and score on others: "
+                        f"{2 * _LEAST_IMAGES} is the least")
+    order = np.random.default_rng(config.seed).permutation(total)
+    first = config.calib if wanted <= total else max(_LEAST_IMAGES, min(total - _LEAST_IMAGES, round(total * config.calib / wanted)))
+    own, held = split.take(order[:first].tolist()), split.take(order[first : first + config.held_out].tolist())
+    if wanted > total:
+        info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
+    device = torch.device("cpu")
+    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, device)) for part in (own, held))
+    return Slices([batch.images for batch in batches], held_batches, held)
+
+
+class Pruning:
+    """Chooses what stays of one network.
+
+    Args:
+        model: with its spec, names and `fused()`; on its device, in eval mode.
+        remove: (graph's model, graph, keep) -> the network that is left.
+        slices: None: nothing is scored or re-estimated.
+        latency: a plan's measured latency as a share of the whole network's.
+    """
+
+    def __init__(self, config: PruneConfig, model: Any, graph: ChannelGraph, remove: Callable[..., Any], slices: Slices | None, latency: Cost,
+                 folder: Path) -> None:
+        self.config, self.model, self.graph, self.slices, self.folder = config, model, graph, slices, folder
+        self._remove = remove
+        self.limits = Limits(config.min_ratio, config.round_to)
+        self.scores = _IMPORTANCE[config.method](graph, model.state_dict())
+        trained = [key for key, _ in model.named_parameters()]
+        self.costs: dict[str, Cost] = {"flops": macs_share(graph), "params": parameters_share(graph, trained), "latency": latency}
+        self.device = next(model.parameters()).device
+        self.candidates: list[Candidate] = []  # of a search, the best first
+
+    def run(self) -> tuple[Plan, Any]:
+        """What each group keeps, and the network that is left, its batch norms re-estimated where there is data."""
+        if self.config.plan:
+            plan = self._read_plan(Path(self.config.plan))
+        elif self.config.method == "eagleeye":
+            plan = self._search()
+        else:
+            plan = self._by_importance()
+        return plan, self.left(plan)
+
+    def left(self, plan: Plan) -> Any:
+        model = self._remove(self.model, self.graph, best_of(self.graph, plan, self.scores))
+        if self.slices:
+            reestimate_norms(model, (to_input(images, self.device) for images in self.slices.estimation))
+        return model
+
+    def score(self, model: Any) -> float:
+        """mAP50-95 on the held-out slice."""
+        network = model.fused().to(self.device, memory_format=torch.channels_last)
+        result = validate(network, self.slices.held_out, self.slices.held_out_split, self.device, torch.float32)
+        return float(np.nan_to_num(result.scores.ap))
+
+    def _by_importance(self) -> Plan:
+        by_threshold = self.config.method == "slimming"
+        make = global_threshold(self.graph, self.limits, self.scores) if by_threshold else uniform(self.graph, self.limits)
+        if self.config.ratio:
+            return make(1 - self.config.ratio)
+        kind, target = self._budget()
+        return self._within(make, kind, target)
+
+    def _within(self, make: Callable[[float], Plan], kind: str, target: float) -> Plan:
+        plan = meet(make, self.costs[kind], target, f"--target-{kind}")
+        return plan if kind == "latency" else fill(self.graph, plan, self.costs[kind], target, self.limits)
+
+    def _budget(self) -> tuple[str, float]:
+        return next((kind, value) for kind in self.costs if (value := getattr(self.config, f"target_{kind}")))
+
+    def _search(self) -> Plan:
+        kind, target = self._budget()
+        if kind == "latency":  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
+            plan = self._within(uniform(self.graph, self.limits), kind, target)
+            kind, target = "flops", self.costs["flops"](plan)
+        config = self.config
+        settings = {"weights": _digest(self.model.state_dict()), "budget": [kind, target], "min-ratio": config.min_ratio, "round-to": config.round_to,
+                    "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "data": self.slices.held_out_split.fingerprint}
+        search = Search(self.folder / "candidates.json", settings)
+
+        def draw(number: int) -> tuple[Plan, dict[str, float]]:
+            maker = random_shares(self.graph, self.limits, np.random.default_rng((config.seed, number)))
+            plan = self._within(maker, kind, target)
+            return plan, {name: self.costs[name](plan) for name in ("flops", "params")}
+
+        best = search.run(config.candidates, draw, lambda plan: self.score(self.left(plan)))
+        for place, candidate in enumerate(best[:_PLANS], 1):
+            write_yaml(self.folder / "plans" / f"{place}.yaml", _as_dict(candidate))
+        self.candidates = best
+        return best[0].plan
+
+    def _read_plan(self, path: Path) -> Plan:
+        content = read_yaml(path).get("channels")
+        groups = {group.name: len(group.channels) for group in self.graph.groups}
+        if not isinstance(content, dict) or set(content) != set(groups):
+            raise UserError(f"{path}: is no plan for this network: it needs 'channels:' with a number for each of its {len(groups)} groups of layers")
+        for name, count in content.items():
+            if type(count) is not int or not 1 <= count <= groups[name]:
+                raise UserError(f"{path}: channels of {name}: {count!r} is not between 1 and {groups[name]}")
+        return content
+
+
+def _as_dict(candidate: Candidate) -> dict[str, Any]:
+    return {"candidate": candidate.number, "score": candidate.score, **candidate.costs, "channels": candidate.plan}
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in weights.items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

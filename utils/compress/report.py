@@ -1,0 +1,47 @@
+"""What a pruning did, in words, in a file and in pictures."""
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import Checkpoint, cast_floats, save_checkpoint
+from utils.compress.plan import Plan
+from utils.compress.pruning import Pruning
+from utils.files import atomic_write
+from utils.log import info
+from utils.plots.pruning import draw_candidates, draw_widths
+
+
+def save_pruned(path: Path, model: Any, imgsz: int) -> None:
+    """As best.pt is: fp16, for inference and as the start of a training."""
+    weights = cast_floats(model.state_dict(), torch.float16)
+    save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, weights, imgsz=imgsz))
+
+
+def report(pruning: Pruning, plan: Plan) -> None:
+    """widths.csv, the pictures, and the names of what stays whole."""
+    graph, folder = pruning.graph, pruning.folder
+    layers = [(_short(group.name), len(group.channels), plan[group.name]) for group in graph.groups]
+    with atomic_write(folder / "widths.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["layer", "layers that share its channels", "channels before", "channels after"])
+        writer.writerows([name, " ".join(map(_short, group.layers[1:])), before, after]
+                         for (name, before, after), group in zip(layers, graph.groups, strict=True))
+    shares = ", ".join(f"{100 * pruning.costs[name](plan):.1f} % of the {name}" for name in ("flops", "params"))
+    before, after = sum(n for _, n, _ in layers), sum(n for *_, n in layers)
+    info(f"{after} of {before} channels in {len(layers)} groups of layers stay: {shares}")
+    if graph.kept_whole:
+        whole = ", ".join(f"{module.removeprefix('model.')} ({operation})" for module, operation in graph.kept_whole.items())
+        info(f"kept whole, as what these layers do needs every channel that they see: {whole}")
+    if not pruning.config.noplots:
+        draw_widths(folder / "widths.png", layers, f"{pruning.config.weights} by {pruning.config.method}: {shares}")
+        if pruning.candidates:
+            points = [(candidate.costs["flops"], candidate.score) for candidate in pruning.candidates]
+            draw_candidates(folder / "candidates.png", points, f"{len(points)} candidates of {pruning.config.weights}")
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("model.").removesuffix(".weight")

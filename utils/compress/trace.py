@@ -1,0 +1,338 @@
+"""Where each channel of a network goes, found by letting numbers travel with the tensors through one forward pass.
+
+Every channel that a convolution makes gets a number of its own. Whatever moves channels (concatenation, slices, ShuffleNet's shuffle) moves their
+numbers by the same operation; whatever joins two of them (a residual sum, a gate) ties their numbers; what mixes channels in a way that a missing one
+would change (layer norm, attention, the outputs) ties them to number 0, which stays. So no rule speaks of a block: a user's own blocks and other
+libraries' backbones are followed as far as they are made of such operations.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+KEPT = 0  # the number that can't be removed
+_GETTERS = {"__get__", "size", "dim", "stride", "is_contiguous", "numel", "is_floating_point", "is_complex", "get_device", "element_size"}
+_ONE_BY_ONE = {
+    "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
+    "gelu", "mish", "elu", "elu_", "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
+    "clone", "to", "float", "detach",
+}  # fmt: skip
+_IN_EACH_CHANNEL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad"}
+_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "prelu"}
+_MOVES = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "squeeze"}
+_MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind"}
+
+
+class Layer(NamedTuple):
+    """A convolution or a linear layer: what it multiplies."""
+
+    weight: str  # its key in the state dict
+    inputs: np.ndarray  # (c1,) a number for each channel
+    outputs: np.ndarray  # (c2,)
+    groups: int
+    work: int  # multiply-accumulates of one input channel to one output channel
+    out_dim: int  # of the weight, along which its filters lie
+
+
+class Trace(NamedTuple):
+    """Numbers are representatives of what is tied together."""
+
+    uses: dict[str, tuple[np.ndarray | None, ...]]  # key of the state dict -> for each of the tensor's dimensions the channels along it
+    moves: dict[str, tuple[np.ndarray, ...]]  # module that rearranges channels -> those of each of its inputs
+    layers: list[Layer]
+    kept_whole: dict[str, str]  # module -> the operation that keeps its channels whole
+
+
+def trace_channels(model: nn.Module, images: Tensor, fixed: Sequence[str] = ()) -> Trace:
+    """Follow the channels of a network in eval mode for some images (B, 3, H, W); the smaller, the faster.
+
+    Args:
+        fixed: names of modules whose channels stay as they are.
+    """
+    tracer = _Tracer(model, fixed)
+    with torch.no_grad():
+        tracer.run(images)
+    return tracer.result()
+
+
+class _Tracer(TorchFunctionMode):
+    def __init__(self, model: nn.Module, fixed: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.fixed = model, fixed
+        self.keys = {id(tensor): key for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self.numbered: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the tensor is kept so that its id stays its own. Numbers of its own shape
+        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.count = 1  # numbers given so far
+        self.uses: dict[str, tuple[np.ndarray | None, ...]] = {}
+        self.moves: dict[str, tuple[np.ndarray, ...]] = {}
+        self.layers: list[Layer] = []
+        self.kept_whole: dict[str, str] = {}
+        self.inside: list[str] = []  # names of the modules that are running
+        self.rearranging = 0  # how many of them say how they rearrange channels
+        self.frozen = 0  # how many of them are fixed
+
+    def run(self, images: Tensor) -> None:
+        with ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                hooks.callback(module.register_forward_pre_hook(lambda m, inputs, name=name: self._enter(name, m, inputs)).remove)
+                hooks.callback(module.register_forward_hook(lambda m, *_: self._leave(m)).remove)
+            self._give(images, torch.zeros(1, dtype=torch.int64).expand(images.shape))
+            with self:
+                outputs = self.model(images)
+            for output in _tensors(outputs):
+                self._keep(self._numbers(output))
+
+    def result(self) -> Trace:
+        root = _representatives(self.count, self.ties)
+        uses = {key: tuple(None if dim is None else root[dim] for dim in dims) for key, dims in self.uses.items()}
+        moves = {name: tuple(root[numbers] for numbers in inputs) for name, inputs in self.moves.items()}
+        layers = [layer._replace(inputs=root[layer.inputs], outputs=root[layer.outputs]) for layer in self.layers]
+        return Trace(uses, moves, layers, self.kept_whole)
+
+    def _enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.inside.append(name)
+        if hasattr(module, "narrowed"):
+            self.rearranging += 1
+            self.moves[name] = tuple(self._channels(x) for x in _tensors(inputs))
+        self.frozen += name in self.fixed
+
+    def _leave(self, module: nn.Module) -> None:
+        name = self.inside.pop()
+        self.rearranging -= hasattr(module, "narrowed")
+        self.frozen -= name in self.fixed
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        given = [x for x in _tensors((args, kwargs)) if id(x) in self.numbered]
+        made = list(_tensors(result))
+        if given and made and name not in _GETTERS:
+            rule = _RULES.get(name, _Tracer._unknown) if not self.frozen else _Tracer._unknown
+            rule(self, _Call(func, name, args, kwargs, given, made))
+        return result
+
+    # Rules: what a call does to numbers.
+
+    def _one_by_one(self, call: _Call) -> None:
+        self._give(call.made[0], self._numbers(call.given[0]))
+
+    def _in_each_channel(self, call: _Call) -> None:
+        x, y = call.given[0], call.made[0]
+        if x.dim() != 4 or y.shape[:2] != x.shape[:2]:
+            return self._unknown(call)
+        self._give(y, _along(torch.from_numpy(self._channels(x)), y))
+
+    def _mean(self, call: _Call) -> None:
+        dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        spatial = call.given[0].dim() == 4 and isinstance(dims, list | tuple) and set(dims) <= {2, 3, -1, -2} and call.made[0].dim() == 4
+        return self._in_each_channel(call) if spatial else self._unknown(call)
+
+    def _join(self, call: _Call) -> None:
+        others = [x for x in _tensors((call.args, call.kwargs)) if id(x) not in self.numbered and x.numel() > 1]
+        if others:  # such as a learned scale for each channel
+            return self._unknown(call)
+        first = self._numbers(call.given[0]).expand(call.made[0].shape)
+        for other in call.given[1:]:
+            self._tie(first, self._numbers(other).expand(call.made[0].shape))
+        self._give(call.made[0], first)
+
+    def _move(self, call: _Call) -> None:
+        numbers = call.func(*_replaced(call.args, self._numbers), **_replaced(call.kwargs, self._numbers))
+        if call.name in _MOVES_BY_NUMBERS and not self.rearranging and not _whole(self._numbers(call.given[0]), list(_tensors(numbers))):
+            return self._unknown(call)
+        for made, own in zip(call.made, _tensors(numbers), strict=True):
+            self._give(made, own)
+
+    def _convolve(self, call: _Call) -> None:
+        x, weight, bias, _, _, _, groups = _bound(call, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), (None,) * 4 + (1,))
+        self._multiply(call.made[0], x, weight, bias, groups, 0)
+
+    def _convolve_transposed(self, call: _Call) -> None:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+        x, weight, bias, *_, groups, _ = _bound(call, names, (None,) * 4 + (1, None))
+        self._multiply(call.made[0], x, weight, bias, groups, 1)
+
+    def _linear(self, call: _Call) -> None:
+        x, weight, bias = _bound(call, ("input", "weight", "bias"), (None,))
+        y, key = call.made[0], self.keys.get(id(weight))
+        ins = self._along_last(x)
+        if key is None or key in self.uses or ins is None:
+            return self._unknown(call)
+        outs = self._new(len(weight))
+        self._use(weight, (outs, ins))
+        self._use(bias, (outs,))
+        self.layers.append(Layer(key, ins, outs, 1, y[..., 0].numel(), 0))
+        self._give(y, torch.from_numpy(outs).expand(y.shape))
+
+    def _normalise(self, call: _Call) -> None:
+        x = call.given[0]
+        channels = self._channels(x)
+        for tensor in _tensors((call.args[1:], call.kwargs)):
+            if tensor is not x:
+                self._use(tensor, (channels,))
+        self._give(call.made[0], self._numbers(x))
+
+    def _unknown(self, call: _Call) -> None:
+        """All that goes in is kept whole, and all that comes out."""
+        if any(bool((self._numbers(x) != KEPT).any()) for x in call.given):
+            self.kept_whole.setdefault(self.inside[-1] if self.inside else "", call.name)
+        for x in call.given:
+            self._keep(self._numbers(x))
+        for tensor in _tensors((call.args, call.kwargs)):
+            for numbers in self.uses.pop(self.keys.get(id(tensor), ""), ()):  # used in another way elsewhere
+                if numbers is not None:
+                    self._keep(torch.from_numpy(numbers))
+        for made in call.made:
+            self._give(made, torch.zeros(1, dtype=torch.int64).expand(made.shape))
+
+    # What the rules are made of.
+
+    def _multiply(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, out_dim: int) -> None:
+        """A convolution whose weight has its output channels along `out_dim` and its input channels along the other of the first two."""
+        key, ins = self.keys.get(id(weight)), self._channels(x)
+        if key is None or key in self.uses:  # worked out from others, or used twice
+            return self._unknown(_Call(None, "a shared weight" if key else "a computed weight", (x, weight, bias), {}, [x], [y]))
+        per_group, many = len(ins) // groups, y.shape[1] // groups
+        if groups > 1 and per_group == 1:  # depthwise: an output channel is its input's
+            outs = ins.repeat(many)
+        else:
+            outs = self._new(y.shape[1])
+            if groups > 1:  # each group loses the same ones
+                for numbers in (ins.reshape(groups, -1), outs.reshape(groups, -1)):
+                    self.ties += [(numbers[0], other) for other in numbers[1:]]
+        of_weight = (outs, ins[:per_group]) if out_dim == 0 else (ins, outs[:many])
+        if groups > 1 and per_group == 1:
+            of_weight = (outs, None) if out_dim == 0 else (ins, None)
+        self._use(weight, (*of_weight, None, None))
+        self._use(bias, (outs,))
+        positions = (y if out_dim == 0 else x)[:, 0].numel()
+        self.layers.append(Layer(key, ins, outs, groups, positions * weight[0, 0].numel(), out_dim))
+        self._give(y, _along(torch.from_numpy(outs), y))
+
+    def _give(self, tensor: Tensor, numbers: Tensor) -> None:
+        self.numbered[id(tensor)] = tensor, numbers
+
+    def _numbers(self, tensor: Tensor) -> Tensor:
+        """Those of each value; what is made of nothing that flows from the image, such as a learned position, is kept."""
+        known = self.numbered.get(id(tensor))
+        return known[1] if known else torch.zeros(1, dtype=torch.int64).expand(tensor.shape)
+
+    def _channels(self, x: Tensor) -> np.ndarray:
+        """(C,) of x (B, C, …). Values of one channel that have several numbers, such as pixels that were channels, tie them."""
+        numbers = self._numbers(x).transpose(0, 1).flatten(1)  # (C, values)
+        first = numbers[:, :1]
+        if bool((numbers != first).any()):
+            self._tie(first.expand(numbers.shape), numbers)
+        return first[:, 0].numpy().copy()
+
+    def _along_last(self, x: Tensor) -> np.ndarray | None:
+        """(C,) of x (…, C); None where they differ from place to place."""
+        numbers = self._numbers(x).flatten(0, -2)
+        return None if bool((numbers != numbers[:1]).any()) else numbers[0].numpy().copy()
+
+    def _new(self, count: int) -> np.ndarray:
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+    def _use(self, tensor: Tensor | None, dims: tuple[np.ndarray | None, ...]) -> None:
+        if tensor is not None and (key := self.keys.get(id(tensor))):
+            self.uses[key] = dims
+
+    def _tie(self, a: Tensor, b: Tensor) -> None:
+        pairs = torch.stack((a.reshape(-1), b.reshape(-1))).unique(dim=1).numpy()
+        self.ties.append((pairs[0], pairs[1]))
+
+    def _keep(self, numbers: Tensor) -> None:
+        values = numbers.unique().numpy()
+        self.ties.append((values, np.full_like(values, KEPT)))
+
+
+class _Call(NamedTuple):
+    """A call of a function of PyTorch in which channels are involved."""
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Tensor]  # tensors with numbers
+    made: list[Tensor]
+
+
+_RULES: dict[str, Callable[[_Tracer, _Call], None]] = {
+    **dict.fromkeys(_ONE_BY_ONE, _Tracer._one_by_one),
+    **dict.fromkeys(_IN_EACH_CHANNEL, _Tracer._in_each_channel),
+    **dict.fromkeys(_JOINS, _Tracer._join),
+    **dict.fromkeys(_MOVES | _MOVES_BY_NUMBERS, _Tracer._move),
+    "mean": _Tracer._mean,
+    "conv2d": _Tracer._convolve,
+    "conv_transpose2d": _Tracer._convolve_transposed,
+    "linear": _Tracer._linear,
+    "batch_norm": _Tracer._normalise,
+    "instance_norm": _Tracer._normalise,
+}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _replaced(tree: Any, numbers: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return numbers(tree)
+    if isinstance(tree, dict):
+        return {key: _replaced(value, numbers) for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+        return type(tree)(_replaced(value, numbers) for value in tree)
+    return tree
+
+
+def _bound(call: _Call, names: Sequence[str], defaults: Sequence[Any]) -> tuple[Any, ...]:
+    """The call's arguments in the order of `names`; the last ones have defaults."""
+    values = dict(zip(names[-len(defaults) :], defaults, strict=True)) | dict(zip(names, call.args, strict=False)) | call.kwargs
+    return tuple(values[name] for name in names)
+
+
+def _along(channels: Tensor, like: Tensor) -> Tensor:
+    """(C,) -> the shape of `like` (B, C, …)."""
+    return channels.view(1, -1, *[1] * (like.dim() - 2)).expand(like.shape)
+
+
+def _whole(numbers: Tensor, made: list[Tensor]) -> bool:
+    """Whether the channels (dimension 1, or the last of tokens) are one dimension of each result, all there and in order."""
+    def lines(tensor: Tensor) -> list[Tensor]:
+        return [tensor.movedim(dim, 0).flatten(1)[:, 0] for dim in range(tensor.dim()) if tensor.numel()]
+
+    before = [line for line in lines(numbers) if len(line) > 1 and bool((line != line[0]).any())]
+    return not before or any(all(any(torch.equal(line, other) for other in lines(own)) for own in made) for line in before)
+
+
+def _representatives(count: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(count,) the least number of those that are tied to each."""
+    root = list(range(count))
+
+    def find(n: int) -> int:
+        while root[n] != n:
+            root[n] = root[root[n]]
+            n = root[n]
+        return n
+
+    for a, b in ties:
+        for x, y in zip(a.tolist(), b.tolist(), strict=True):
+            x, y = find(x), find(y)
+            if x != y:
+                root[max(x, y)] = min(x, y)
+    return np.array([find(n) for n in range(count)])

@@ -1,0 +1,46 @@
+"""Pictures of a pruning: what each layer keeps, and the candidates of a search."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.plots.figures import FAINT, INK, class_color, new_figure, plain, save_figure, tidy
+
+_INCHES = 0.17  # a layer
+
+
+def draw_widths(path: Path, layers: Sequence[tuple[str, int, int]], title: str) -> None:
+    """A bar for each group of layers, the first on top: its channels before, and those that stay.
+
+    Args:
+        layers: name, channels before and after.
+    """
+    figure = new_figure(8, 1.5 + _INCHES * len(layers))
+    axes = figure.add_subplot()
+    places = range(len(layers))
+    bars = axes.barh(places, [before for _, before, _ in layers], color=FAINT, label="before")
+    axes.barh(places, [after for *_, after in layers], color=class_color(1), label="after")
+    axes.bar_label(bars, [f" {after} of {before}" for _, before, after in layers], fontsize=5.5, color=INK)
+    axes.set_yticks(places, [plain(name, 48) for name, *_ in layers], fontsize=6)
+    tidy(axes, plain(title, 120), "channels")
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_candidates(path: Path, points: Sequence[tuple[float, float]], title: str) -> None:
+    """A point for each candidate, the best one marked.
+
+    Args:
+        points: share of the FLOPs and score; the best first.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    axes.scatter([100 * flops for flops, _ in points], [score for _, score in points], s=18, color=class_color(1), edgecolor="white", linewidth=0.5)
+    axes.scatter([100 * points[0][0]], [points[0][1]], s=120, marker="*", color=class_color(0), label=f"best: {points[0][1]:.4f}", zorder=3)
+    tidy(axes, plain(title, 120), "% of the FLOPs", "mAP50-95 on the held-out slice")
+    axes.legend(frameon=False, fontsize=9)
+    axes.margins(0.1)
+    save_figure(figure, path)
