@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(QuantizeConfig, argv, "Make an int8 file of a checkpoint.")
     wait_politely()
     # PyTorch and what needs it come in only now, so that --help answers at once.
+    import torch
+
     from models.plugin import load_plugin
     from models.yolo import model_from_checkpoint
     from utils.checkpoint import load_checkpoint
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, val = open_splits(config, ("train", "val"))
     check_classes(model.names, val.names, config.single_cls, config.weights)
     imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
-    return 0 if Quantization(config, kind, model.fused().requires_grad_(False), train, val, imgsz).run() else 1
+    network = model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
+    return 0 if Quantization(config, kind, network, train, val, imgsz).run() else 1
 
 
 if __name__ == "__main__":

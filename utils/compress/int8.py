@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,7 +177,3 @@ def put(made: Path, path: Path, kind: Format) -> None:
                 shutil.copyfile(file, temporary / file.name)
         else:
             shutil.copyfile(made, temporary)
-
-
-def size_bytes(path: Path) -> int:
-    return sum(os.path.getsize(file) for file in (path.iterdir() if path.is_dir() else (path,)))

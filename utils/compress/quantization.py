@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.compress.calibration import CalibrationImages
-from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put, size_bytes
+from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
 from utils.config import QuantizeConfig
 from utils.data.labels import Split
@@ -22,6 +22,7 @@ from utils.export.backends import open_network
 from utils.export.formats import ExportJob, Format
 from utils.export.graph import Detector
 from utils.export.metadata import ExportMetadata
+from utils.files import size_bytes
 from utils.log import info, warn
 from utils.measure.timing import Latency, Timings, time_interleaved
 from utils.network import Network, infer
