@@ -74,14 +74,15 @@ def test_an_int8_file_is_near_its_float_file(made):
     with torch.no_grad():
         torch.testing.assert_close(a, network.decode(network(images)), rtol=1e-4, atol=1e-4)
     assert not torch.equal(a, b)
-    assert sqnr_db(a[..., :4], b[..., :4]) > 30 and sqnr_db(a[..., 4:], b[..., 4:]) > 20  # 8 bits hold 48 dB at best
+    # 7 bits hold 42 dB at best; where 16-bit sums saturate, it is 26 and 17
+    assert sqnr_db(a[..., :4], b[..., :4]) > 34 and sqnr_db(a[..., 4:], b[..., 4:]) > 28
 
 
 def test_decoding_is_untouched(made):
     """Boxes and probabilities of an int8 tensor would have 256 values at most."""
     files, _, _ = made
     boxes = open_network(files.path_of[()])(torch.rand(12, 3, SIDE, SIDE))
-    assert all(len(boxes[..., column].unique()) > 512 for column in range(boxes.shape[-1]))
+    assert all(len(boxes[..., column].unique()) > 300 for column in range(boxes.shape[-1]))
     assert float(boxes[..., :4].max()) > 60
 
 
@@ -231,7 +232,7 @@ def play(scores: Sequence[float], max_drop: float, layers: Sequence[str] = LAYER
 
 
 def test_a_good_file_is_taken_at_once():
-    assert play([0.49], 1.0) == [((), 1.0)]
+    assert play([0.495], 1.0) == [((), 0.5)]
     assert play([0.51], 0.0) == [((), -1.0)]
     untouched = attempts(lambda kept: Scores(0.9, 0.5), Scores(0.9, 0.5), 1.0, LAYERS, lambda: pytest.fail("no ranking is needed"))
     assert [attempt.kept for attempt in untouched] == [()]

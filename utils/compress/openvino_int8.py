@@ -1,4 +1,7 @@
-"""An OpenVINO model in int8 by NNCF: weights by channel, activations symmetric or not as their function needs it (preset MIXED), biases corrected."""
+"""An OpenVINO model in int8 by NNCF: weights by channel, activations symmetric or not as their function needs it (preset MIXED), biases corrected.
+
+Weights take 7 of their 8 bits (overflow fix): see onnx_int8.py.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -39,6 +42,7 @@ class OpenvinoQuantizer:
             model = nncf.quantize(  # which shows progress bars of its own
                 self._core.read_model(self._xml), nncf.Dataset(self._images), preset=nncf.QuantizationPreset.MIXED, subset_size=len(self._images),
                 fast_bias_correction=True, ignored_scope=nncf.IgnoredScope(names=stay, validate=False),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
             )
         stamp_openvino(model, metadata)
         import_extra("openvino").save_model(model, folder / self._xml.name, compress_to_fp16=False)
