@@ -5,16 +5,20 @@
     python prune.py --weights best.pt --method l1 --ratio 0.3
     python train.py --weights runs/prune/exp/pruned.pt --data bccd.yaml --epochs 50
 
-A search that was interrupted goes on with the same command and --exist-ok.
+A search that was interrupted goes on with the same command, --exist-ok and its folder's --name. pruned.yaml beside pruned.pt has the same widths
+without the weights: train.py --cfg trains them from scratch.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, parse
-from utils.errors import script
+from utils.errors import UserError, script
 from utils.threads import wait_politely
+
+_PRUNED = "pruned.pt"
 
 
 @script
@@ -44,27 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(config.device)
     load_plugin(config.plugin)
     checkpoint = load_checkpoint(config.weights)
+    _check_folder(config)
     model = model_from_checkpoint(checkpoint, config.weights).to(device, memory_format=torch.channels_last)
     imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
     slices = None
     if config.data:
-        (split,) = open_splits(config, ("train",))
+        split, _ = open_splits(config, ("train", "val"))  # val for the comparison in the end
         check_classes(model.names, split.names, config.single_cls, config.weights)
         slices = open_slices(split, config, imgsz, model.pad_stride)
     graph = channel_graph(model)
+    pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz))
     folder = new_run_dir(config.project, config.name, config.exist_ok)
-    pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz), folder)
-    plan, left = pruning.run()
-    save_pruned(folder / "pruned.pt", left, imgsz)
-    report(pruning, plan)
-    whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / "pruned.pt"))
+    plan, left = pruning.run(folder)
+    save_pruned(folder / _PRUNED, left, imgsz)
+    report(pruning, plan, folder)
+    whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / _PRUNED))
     costs = CompareConfig(weights=(whole.weights, pruned.weights), data=config.data, data_root=config.data_root, imgsz=imgsz, batches=(1,),
                           runtimes=("PyTorch fp32",), device=config.device, workers=config.workers, single_cls=config.single_cls,
                           noplots=config.noplots, project=str(folder), name="comparison")
-    Comparison(costs, [whole, pruned], profile).run()
-    info(f"weights: {folder / 'pruned.pt'}; next: python train.py --weights {folder / 'pruned.pt'} --data {config.data or 'DATA.yaml'} "
+    comparison = Comparison(costs, [whole, pruned], profile)
+    comparison.run()
+    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} --data {config.data or 'DATA.yaml'} "
          f"--imgsz {imgsz} --epochs 50")
-    return 0
+    return 1 if comparison.failed else 0
+
+
+def _check_folder(config: PruneConfig) -> None:
+    """What is pruned is never overwritten."""
+    written = Path(config.project).expanduser() / config.name / _PRUNED
+    weights = Path(config.weights).expanduser()
+    if config.exist_ok and written.exists() and weights.exists() and written.samefile(weights):
+        raise UserError(f"{written}: would be overwritten by what is left of it: give another --name")
 
 
 if __name__ == "__main__":

@@ -54,10 +54,7 @@ def _narrow(module: nn.Module, sizes: Sizes) -> None:
 
 
 def _narrow_convolution(conv: nn.Conv2d | nn.ConvTranspose2d, c1: int, c2: int) -> None:
-    if conv.groups > 1 and conv.groups == conv.in_channels:  # depthwise: each input channel keeps its outputs
-        if c2 * conv.in_channels != c1 * conv.out_channels:
-            raise ValueError(f"a depthwise convolution of {conv.in_channels} to {conv.out_channels} channels can't have {c1} to {c2}")
-        conv.groups = c1
+    conv.groups = min(conv.groups, c1)  # a depthwise one, or one that was pruned until it is, has a group for each channel
     if c1 % conv.groups or c2 % conv.groups:
         raise ValueError(f"{c1} to {c2} channels don't divide by its {conv.groups} groups")
     conv.in_channels, conv.out_channels = c1, c2

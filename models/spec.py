@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
 
@@ -61,6 +63,17 @@ class ModelSpec:
             settings["widths"] = {name: list(sizes) for name, sizes in self.widths.items()}
         return settings | {"backbone": [list(row) for row in self.rows[0]], "head": [list(row) for row in self.rows[1]]}
 
+    def to_yaml(self) -> str:
+        """A model YAML, a line for each row."""
+        lines = []
+        for key, value in self.to_dict().items():
+            rows = value.items() if isinstance(value, dict) else [("-", row) for row in value] if isinstance(value, list) else None
+            if rows is None:
+                lines.append(f"{key}: {_in_one_line(value)}")
+            else:
+                lines += [f"{key}:", *(f"  {name}{'' if name == '-' else ':'} {_in_one_line(row)}" for name, row in rows)]
+        return "\n".join(lines) + "\n"
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], origin: str, nc: int | None = None) -> ModelSpec:
         """Check a YAML-shaped mapping; `nc` overrides the file's class count.
@@ -96,6 +109,10 @@ def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
     """The network of a YAML file, found as given, in models/, in models/hub/ or in models/timm/."""
     path = find_file(name, [ROOT / "models" / folder for folder in ("", "hub", "timm")], "model YAML")
     return ModelSpec.from_dict(read_yaml(path), path.name, nc)
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
 
 
 def _layer(row: Any, index: int, place: str, depth: float, words: Mapping[str, Any]) -> LayerSpec:

@@ -101,17 +101,33 @@ def test_what_needs_every_channel_keeps_it(mix):
     assert graph.groups == () and graph.kept_whole
 
 
-def test_weights_used_twice_are_kept():
-    net = Net(lambda n, x: n.b(n.b(n.a(x))), a=conv(3, 4), b=conv(4, 4))
+@pytest.mark.parametrize("times", [2, 3])
+def test_weights_used_again_are_kept(times: int):
+    def forward(n: Net, x: Tensor) -> Tensor:
+        x = n.a(x)
+        for _ in range(times):
+            x = n.b(x)
+        return n.c(x)
+
+    assert graph_of(Net(forward, a=conv(3, 4), b=conv(4, 4), c=conv(4, 2))).groups == ()
+
+
+def test_a_norm_that_two_branches_share_ties_them():
+    net = Net(lambda n, x: n.c(torch.cat((n.norm(n.a(x)), n.norm(n.b(x))), 1)), a=conv(3, 4), b=conv(3, 4), norm=nn.BatchNorm2d(4), c=conv(8, 2))
+    assert groups_of(net) == {"a.weight": (4, ("a.weight", "b.weight"))}
+
+
+def test_a_norm_whose_scale_does_something_else_too_is_kept():
+    net = Net(lambda n, x: n.b(n.norm(n.a(x)) * n.norm.weight.view(4, 1, 1)), a=conv(3, 4), norm=nn.BatchNorm2d(4), b=conv(4, 2))
     assert graph_of(net).groups == ()
 
 
 def test_costs_by_hand():
     net = Net(lambda n, x: n.b(torch.relu(n.a(x))), a=conv(3, 4, 3), b=conv(4, 2))
     graph = graph_of(net)
-    assert graph.macs(graph.everything) == 64 * (3 * 9 * 4 + 4 * 2)
+    assert graph.macs(graph.everything) == 64 * (3 * 9 * 4 + 4 + 4 * 2 + 2)  # biases too
     keep = graph.keep({"a.weight": np.array([True, False, True, False])})
-    assert graph.macs(keep) == 64 * (3 * 9 * 2 + 2 * 2)
+    assert graph.macs(keep) == 64 * (3 * 9 * 2 + 2 + 2 * 2 + 2)
     assert graph.parameters(keep, ["a.weight", "a.bias", "b.weight", "b.bias"]) == 3 * 9 * 2 + 2 + 2 * 2 + 2
 
 

@@ -112,6 +112,7 @@ def test_rect_targets_by_hand() -> None:
     assert rect_order(split).tolist() == [2, 4, 0, 3, 1]
     # ceil(1 * 640 / 32 + 0.5) = 21 -> 672; ceil(0.75 * 640 / 32 + 0.5) = 16 -> 512; ceil(640 / 3 / 32 + 0.5) = ceil(7.17) -> 256
     assert rect_targets(split, 640, 32, 2).tolist() == [[672, 672], [256, 672], [672, 512], [672, 672], [672, 512]]
+    assert rect_targets(split, 640, None, 2).tolist() == [[640, 640]] * 5
     assert rect_targets(split, 640, 32, 2, pad=0.0).tolist() == [[640, 640], [224, 640], [640, 480], [640, 640], [640, 480]]
 
 

@@ -143,6 +143,15 @@ def test_letterbox_by_hand(size, imgsz, shape, gain, offset):
     assert (geometry.left, geometry.top) == pytest.approx(offset, abs=1)
 
 
+@pytest.mark.parametrize(("size", "imgsz", "gain", "offset"), [
+    ((1920, 1080), (640, 640), 1 / 3, (0, 140)), ((100, 50), (96, 64), 0.64, (0, 32)), ((50, 100), (64, 96), 0.64, (32, 0)),
+])  # fmt: skip
+def test_letterbox_to_the_whole_size(size, imgsz, gain, offset):
+    padded, geometry = letterbox(np.full((size[1], size[0], 3), 7, np.uint8), imgsz, None)
+    assert padded.shape == (*imgsz, 3) and (geometry.left, geometry.top) == offset
+    assert geometry.gain_x == geometry.gain_y == pytest.approx(gain) and (padded == 7).all(2).sum() == round(size[0] * gain) * round(size[1] * gain)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.tuples(st.integers(1, 8), st.integers(1, 8)), st.sampled_from((8, 32)))
 def test_letterbox_fits_and_comes_back(size, strides, stride):

@@ -100,6 +100,26 @@ def test_names_of_yolov5s_files(tiny, tmp_path: Path):
     assert [port.any_name for port in (*model.inputs, *model.outputs)] == ["images", "output0"]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_newer_exporter_where_the_older_fails(dynamic: bool, tiny, tmp_path: Path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="PyTorch's newer ONNX exporter: pip install onnxscript")
+    export = torch.onnx.export
+
+    def newer_only(*args, dynamo: bool, **options):
+        if not dynamo:
+            raise RuntimeError("is gone")
+        return export(*args, dynamo=True, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", newer_only)
+    FORMATS["onnx"].write(job_of(tiny, (64, 96), dynamic, batch=2), tmp_path / "a.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+    exported = open_network(tmp_path / "a.onnx")
+    assert exported.fixed == (None if dynamic else (64, 96))
+    for size in ((2, 3, 64, 96), *(((1, 3, 96, 32),) if dynamic else ())):
+        images = torch.rand(size)
+        torch.testing.assert_close(exported(images), tiny.decode(tiny(images)), rtol=1e-4, atol=1e-4)
+
+
 # --- metadata ------------------------------------------------------------------------------------------------------------------------------
 
 

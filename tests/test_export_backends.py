@@ -188,6 +188,17 @@ def test_other_networks(module: nn.Module, shape: tuple[int, ...], words: str, t
         open_network(tmp_path / "a.onnx", names=lambda: ["cat", "dog"])
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_not_one_input(count: int, tmp_path: Path):
+    helper, one = onnx.helper, onnx.TensorProto.FLOAT
+    value = helper.make_tensor("c", one, (1,), (1.0,))
+    inputs = [helper.make_tensor_value_info(f"i{n}", one, (1, 3, 64, 64)) for n in range(count)]
+    graph = helper.make_graph([helper.make_node("Constant", [], ["o"], value=value)], "g", inputs, [helper.make_tensor_value_info("o", one, (1,))])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="does not take one batch of images"):
+        open_network(tmp_path / "a.onnx", names=lambda: ["cat"])
+
+
 def test_metadata_of_a_newer_program(tiny, tmp_path: Path):
     path = without_metadata(tiny, tmp_path / "a.onnx", **{KEY: '{"format": "light-yolo export", "version": 9}'})
     with pytest.raises(UserError, match=r"a\.onnx: is of a newer format version"):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from utils.errors import USER_ERROR, UserError, script
-from utils.files import ROOT, atomic_write, did_you_mean, find_file, is_writable, new_run_dir, read_yaml, write_yaml
+from utils.files import ROOT, atomic_folder, atomic_write, did_you_mean, find_file, is_writable, new_run_dir, read_yaml, remove_leftovers, write_yaml
 
 # Finding
 
@@ -140,6 +140,35 @@ def test_killed_while_writing(tmp_path):
             f"with atomic_write(Path({str(path)!r})) as t:\n    t.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a_model"
+    with pytest.raises(ValueError), atomic_folder(path) as temporary:
+        (temporary / "half").write_text("x")
+        raise ValueError
+    assert list(path.parent.iterdir()) == []
+    for text in ("first", "second"):
+        with atomic_folder(path) as temporary:
+            (temporary / f"{text}.txt").write_text(text)
+            assert not (path / f"{text}.txt").exists()
+        assert [(p.name, p.read_text()) for p in path.rglob("*")] == [(f"{text}.txt", text)]
+    with pytest.raises(ValueError), atomic_folder(path):
+        raise ValueError
+    assert [p.name for p in path.parent.rglob("*")] == ["a_model", "second.txt"]
+    with pytest.raises(FileExistsError), atomic_folder(path / "second.txt"):
+        pass
+    assert (path / "second.txt").read_text() == "second"
+
+
+def test_leftovers_go_and_nothing_else(tmp_path):
+    left = f".best_openvino_model.{'0' * 32}"
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "best.xml").write_text("")
+    for name in (f".best.{'a' * 32}.pt", "best.pt", ".hidden.pt"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.pt", "best.pt"]
 
 
 def test_run_folders_are_numbered(tmp_path):

@@ -47,7 +47,7 @@ def lively(model: DetectionModel) -> DetectionModel:
     maps = model(nn.functional.interpolate(noise, scale_factor=8))  # in patches, as pictures are
     for conv, raw in zip(model.head.m, maps, strict=True):
         nn.init.zeros_(conv.bias)
-        conv.weight *= 1.5 / raw.std((0, 2, 3), keepdim=True).mean()
+        conv.weight *= 0.5 / raw.std((0, 2, 3), keepdim=True).mean()
     return model
 
 

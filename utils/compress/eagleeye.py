@@ -37,8 +37,16 @@ class Search:
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self.file, self.settings = file, json.loads(json.dumps(settings))
         self.candidates: list[Candidate] = []
+        self.measured: dict[str, float] = {}
         if file.exists():
             self._read()
+
+    def measure_once(self, name: str, measure: Callable[[], float]) -> float:
+        """What would come out otherwise each time, such as a latency: kept in the file."""
+        if name not in self.measured:
+            self.measured[name] = measure()
+            self._write()
+        return self.measured[name]
 
     def run(self, count: int, draw: Callable[[int], tuple[Plan, Mapping[str, float]]], score: Callable[[Plan], float]) -> list[Candidate]:
         """Score draws 0 to `count` - 1, those that are not yet; the best first.
@@ -65,7 +73,8 @@ class Search:
     def _read(self) -> None:
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            self.candidates = [Candidate(**candidate) for candidate in content["candidates"]]
+            self.candidates = [_candidate(candidate) for candidate in content["candidates"]]
+            self.measured = {str(name): float(value) for name, value in content["measured"].items()}
             differing = [key for key in self.settings if content["settings"].get(key) != self.settings[key]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.file}: can't be read as a search ({error}): remove it to begin anew") from None
@@ -73,6 +82,14 @@ class Search:
             raise UserError(f"{self.file}: is a search with another {' and '.join(differing)}: give another --name, or remove it to begin anew")
 
     def _write(self) -> None:
-        content = {"settings": self.settings, "candidates": [asdict(candidate) for candidate in self.candidates]}
+        content = {"settings": self.settings, "measured": self.measured, "candidates": [asdict(candidate) for candidate in self.candidates]}
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _candidate(content: Mapping[str, Any]) -> Candidate:
+    """From JSON; ValueError, TypeError or KeyError where it is none."""
+    number, plan, costs, score = (content[key] for key in Candidate.__dataclass_fields__)
+    if type(number) is not int or any(type(count) is not int for count in plan.values()):
+        raise ValueError(f"candidate {number!r} is none")
+    return Candidate(number, dict(plan), {name: float(value) for name, value in costs.items()}, float(score))

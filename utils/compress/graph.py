@@ -29,7 +29,7 @@ class ChannelGraph:
     """
 
     def __init__(self, trace: Trace, shapes: Mapping[str, Sequence[int]]) -> None:
-        self.uses, self.moves, self.layers, self.kept_whole = trace.uses, trace.moves, trace.layers, trace.kept_whole
+        self.uses, self.moves, self.layers, self.each, self.kept_whole = trace.uses, trace.moves, trace.layers, trace.each, trace.kept_whole
         self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
         self.count = 1 + max((int(dim.max()) for dims in self.uses.values() for dim in dims if dim is not None and len(dim)), default=0)
         self.groups = tuple(_groups(self.layers))
@@ -48,8 +48,8 @@ class ChannelGraph:
         return keep
 
     def macs(self, keep: np.ndarray) -> int:
-        """Multiply-accumulates of convolutions and linear layers for the traced image."""
-        total = 0
+        """Multiply-accumulates of convolutions, linear layers and norms for the traced image."""
+        total = sum(int(keep[channels].sum()) * work for channels, work in self.each)
         for layer in self.layers:
             c1, c2 = int(keep[layer.inputs].sum()), int(keep[layer.outputs].sum())
             total += c2 * layer.work * (1 if _is_depthwise(layer) else c1 // layer.groups)

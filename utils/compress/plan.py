@@ -16,6 +16,7 @@ Maker = Callable[[float], Plan]  # of a share: 0 keeps the least, 1 everything
 Cost = Callable[[Plan], float]  # as a share of the whole network's
 
 _HALVINGS = 20
+_SLACK = 1e-9  # 0.55 * 100 is a little more than 55
 
 
 class Limits(NamedTuple):
@@ -27,7 +28,7 @@ class Limits(NamedTuple):
     def count(self, graph: ChannelGraph, group: Group, wanted: float) -> int:
         """The nearest number of channels that may stay."""
         total, step = len(group.channels), self.step(graph, group)
-        least = min(total, max(1, math.ceil(self.least * total / step) * step))
+        least = min(total, max(1, math.ceil(self.least * total / step - _SLACK) * step))
         return min(max(least, round(wanted / step) * step), total)
 
     def step(self, graph: ChannelGraph, group: Group) -> int:
@@ -76,20 +77,30 @@ def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
     return graph.keep(chosen)
 
 
-def meet(make: Maker, cost: Cost, target: float, what: str) -> Plan:
-    """The plan of the largest share whose cost is not above the target.
+def check_reachable(graph: ChannelGraph, limits: Limits, cost: Cost, target: float, what: str) -> None:
+    """Refuse a budget that no plan meets.
 
     Raises:
-        UserError: even the least costs more; the line says how much.
+        UserError: even the least plan costs more; the line says how much.
     """
-    least = cost(make(0.0))
+    least = cost({group.name: limits.count(graph, group, 0) for group in graph.groups})
     if least > target:
-        raise UserError(f"{what} {target:g}: can't be reached: {least:.3f} is the least that --min-ratio and --round-to leave")
+        raise UserError(f"{what} {target:g}: can't be reached: {math.ceil(least * 1000) / 1000:g} is the nearest that can be with this --min-ratio "
+                        "and --round-to")
+
+
+def meet(make: Maker, cost: Cost, target: float) -> Plan:
+    """The plan of the largest share whose cost is not above the target; the least plan where none is, see `check_reachable`."""
     low, high = 0.0, 1.0
+    best, beyond = make(low), make(high)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(make(middle)) <= target else (low, middle)
-    return make(low)
+        plan = make(middle)
+        if plan == best or (plan != beyond and cost(plan) <= target):
+            low, best = middle, plan
+        else:
+            high, beyond = middle, plan
+    return best
 
 
 def fill(graph: ChannelGraph, plan: Plan, cost: Cost, target: float, limits: Limits) -> Plan:

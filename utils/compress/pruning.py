@@ -14,7 +14,20 @@ from utils.compress.eagleeye import Candidate, Search
 from utils.compress.graph import ChannelGraph
 from utils.compress.importance import fpgm, gamma, l1, l2
 from utils.compress.norms import reestimate_norms
-from utils.compress.plan import Cost, Limits, Plan, best_of, fill, global_threshold, macs_share, meet, parameters_share, random_shares, uniform
+from utils.compress.plan import (
+    Cost,
+    Limits,
+    Plan,
+    best_of,
+    check_reachable,
+    fill,
+    global_threshold,
+    macs_share,
+    meet,
+    parameters_share,
+    random_shares,
+    uniform,
+)
 from utils.config import PruneConfig
 from utils.data.labels import Split
 from utils.data.open import val_loader
@@ -40,7 +53,7 @@ def check_settings(config: PruneConfig) -> None:
     if len(given) != 1:
         also = " and ".join(f"--{flag.replace('_', '-')}" for flag in given)
         raise UserError(f"say how far to go by one flag, {f'not by {also}' if given else 'such as --target-flops 0.5 or --ratio 0.3'}")
-    if config.method == "eagleeye" and not config.plan:
+    if _searches(config):
         if config.ratio:
             raise UserError("--ratio says nothing to --method eagleeye, which tries plans of one budget: give --target-flops, or --method l1")
         if not config.data:
@@ -53,6 +66,7 @@ class Slices(NamedTuple):
     estimation: list[Tensor]  # batches (B, 3, H, W) uint8 for the batch norms
     held_out: list[Any]  # batches to score on
     held_out_split: Split
+    imgsz: int
 
 
 def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> Slices:
@@ -64,15 +78,19 @@ def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> S
     total, wanted = len(split.images), config.calib + config.held_out
     if total < 2 * _LEAST_IMAGES:
         raise UserError(f"{config.data}: its {total} training images are too few to re-estimate batch norms on some and score on others: "
-                        f"{2 * _LEAST_IMAGES} is the least")
+                        f"{2 * _LEAST_IMAGES} is the least{'' if _searches(config) else '; without --data norms stay as they are'}")
     order = np.random.default_rng(config.seed).permutation(total)
     first = config.calib if wanted <= total else max(_LEAST_IMAGES, min(total - _LEAST_IMAGES, round(total * config.calib / wanted)))
     own, held = split.take(order[:first].tolist()), split.take(order[first : first + config.held_out].tolist())
     if wanted > total:
         info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
-    device = torch.device("cpu")
-    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, device)) for part in (own, held))
-    return Slices([batch.images for batch in batches], held_batches, held)
+    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, torch.device("cpu"))) if needed else []
+                             for part, needed in ((own, True), (held, _searches(config))))
+    return Slices([batch.images for batch in batches], held_batches, held, imgsz)
+
+
+def _searches(config: PruneConfig) -> bool:
+    return config.method == "eagleeye" and not config.plan
 
 
 class Pruning:
@@ -83,11 +101,14 @@ class Pruning:
         remove: (graph's model, graph, keep) -> the network that is left.
         slices: None: nothing is scored or re-estimated.
         latency: a plan's measured latency as a share of the whole network's.
+
+    Raises:
+        UserError: what is asked for can't be done with this network.
     """
 
-    def __init__(self, config: PruneConfig, model: Any, graph: ChannelGraph, remove: Callable[..., Any], slices: Slices | None, latency: Cost,
-                 folder: Path) -> None:
-        self.config, self.model, self.graph, self.slices, self.folder = config, model, graph, slices, folder
+    def __init__(self, config: PruneConfig, model: Any, graph: ChannelGraph, remove: Callable[..., Any], slices: Slices | None,
+                 latency: Cost) -> None:
+        self.config, self.model, self.graph, self.slices = config, model, graph, slices
         self._remove = remove
         self.limits = Limits(config.min_ratio, config.round_to)
         self.scores = _IMPORTANCE[config.method](graph, model.state_dict())
@@ -95,15 +116,16 @@ class Pruning:
         self.costs: dict[str, Cost] = {"flops": macs_share(graph), "params": parameters_share(graph, trained), "latency": latency}
         self.device = next(model.parameters()).device
         self.candidates: list[Candidate] = []  # of a search, the best first
+        self.plan = self._read_plan(Path(config.plan)) if config.plan else None
+        self._check()
 
-    def run(self) -> tuple[Plan, Any]:
-        """What each group keeps, and the network that is left, its batch norms re-estimated where there is data."""
-        if self.config.plan:
-            plan = self._read_plan(Path(self.config.plan))
-        elif self.config.method == "eagleeye":
-            plan = self._search()
-        else:
-            plan = self._by_importance()
+    def run(self, folder: Path) -> tuple[Plan, Any]:
+        """What each group keeps, and the network that is left, its batch norms re-estimated where there is data.
+
+        Args:
+            folder: for a search's candidates and its best plans.
+        """
+        plan = self.plan or (self._search(folder) if _searches(self.config) else self._by_importance())
         return plan, self.left(plan)
 
     def left(self, plan: Plan) -> Any:
@@ -118,6 +140,17 @@ class Pruning:
         result = validate(network, self.slices.held_out, self.slices.held_out_split, self.device, torch.float32)
         return float(np.nan_to_num(result.scores.ap))
 
+    def _check(self) -> None:
+        config = self.config
+        if not self.graph.groups:
+            raise UserError(f"{config.weights}: no channel of this network can be removed")
+        if not any(np.isfinite(scores).any() for scores in self.scores.values()):
+            raise UserError(f"{config.weights}: --method slimming compares the scales of batch norms, and no removable channel passes one: "
+                            "try --method l1")
+        if not config.plan and not config.ratio:
+            kind, target = self._budget()
+            check_reachable(self.graph, self.limits, self.costs[kind], target, f"--target-{kind}")
+
     def _by_importance(self) -> Plan:
         by_threshold = self.config.method == "slimming"
         make = global_threshold(self.graph, self.limits, self.scores) if by_threshold else uniform(self.graph, self.limits)
@@ -127,21 +160,23 @@ class Pruning:
         return self._within(make, kind, target)
 
     def _within(self, make: Callable[[float], Plan], kind: str, target: float) -> Plan:
-        plan = meet(make, self.costs[kind], target, f"--target-{kind}")
+        plan = meet(make, self.costs[kind], target)
         return plan if kind == "latency" else fill(self.graph, plan, self.costs[kind], target, self.limits)
 
     def _budget(self) -> tuple[str, float]:
         return next((kind, value) for kind in self.costs if (value := getattr(self.config, f"target_{kind}")))
 
-    def _search(self) -> Plan:
-        kind, target = self._budget()
+    def _search(self, folder: Path) -> Plan:
+        (kind, target), config = self._budget(), self.config
+        settings = {"weights": _digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
+                    "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
+                    "data": self.slices.held_out_split.fingerprint}
+        search = Search(folder / "candidates.json", settings)
+        for candidate in search.candidates:
+            self._check_plan(candidate.plan, search.file)
         if kind == "latency":  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
-            plan = self._within(uniform(self.graph, self.limits), kind, target)
-            kind, target = "flops", self.costs["flops"](plan)
-        config = self.config
-        settings = {"weights": _digest(self.model.state_dict()), "budget": [kind, target], "min-ratio": config.min_ratio, "round-to": config.round_to,
-                    "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "data": self.slices.held_out_split.fingerprint}
-        search = Search(self.folder / "candidates.json", settings)
+            kind, latency = "flops", target
+            target = search.measure_once("flops", lambda: self.costs["flops"](self._within(uniform(self.graph, self.limits), "latency", latency)))
 
         def draw(number: int) -> tuple[Plan, dict[str, float]]:
             maker = random_shares(self.graph, self.limits, np.random.default_rng((config.seed, number)))
@@ -150,19 +185,22 @@ class Pruning:
 
         best = search.run(config.candidates, draw, lambda plan: self.score(self.left(plan)))
         for place, candidate in enumerate(best[:_PLANS], 1):
-            write_yaml(self.folder / "plans" / f"{place}.yaml", _as_dict(candidate))
+            write_yaml(folder / "plans" / f"{place}.yaml", _as_dict(candidate))
         self.candidates = best
         return best[0].plan
 
     def _read_plan(self, path: Path) -> Plan:
-        content = read_yaml(path).get("channels")
+        plan = read_yaml(path).get("channels")
+        self._check_plan(plan, path)
+        return plan
+
+    def _check_plan(self, plan: Any, path: Path) -> None:
         groups = {group.name: len(group.channels) for group in self.graph.groups}
-        if not isinstance(content, dict) or set(content) != set(groups):
+        if not isinstance(plan, dict) or set(plan) != set(groups):
             raise UserError(f"{path}: is no plan for this network: it needs 'channels:' with a number for each of its {len(groups)} groups of layers")
-        for name, count in content.items():
+        for name, count in plan.items():
             if type(count) is not int or not 1 <= count <= groups[name]:
                 raise UserError(f"{path}: channels of {name}: {count!r} is not between 1 and {groups[name]}")
-        return content
 
 
 def _as_dict(candidate: Candidate) -> dict[str, Any]:

@@ -16,14 +16,16 @@ from utils.plots.pruning import draw_candidates, draw_widths
 
 
 def save_pruned(path: Path, model: Any, imgsz: int) -> None:
-    """As best.pt is: fp16, for inference and as the start of a training."""
+    """As best.pt is: fp16, for inference and as the start of a training; and beside it as a YAML, to train the same widths from scratch."""
     weights = cast_floats(model.state_dict(), torch.float16)
     save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, weights, imgsz=imgsz))
+    with atomic_write(path.with_suffix(".yaml")) as temporary:
+        temporary.write_text(model.spec.to_yaml(), encoding="utf-8")
 
 
-def report(pruning: Pruning, plan: Plan) -> None:
+def report(pruning: Pruning, plan: Plan, folder: Path) -> None:
     """widths.csv, the pictures, and the names of what stays whole."""
-    graph, folder = pruning.graph, pruning.folder
+    graph = pruning.graph
     layers = [(_short(group.name), len(group.channels), plan[group.name]) for group in graph.groups]
     with atomic_write(folder / "widths.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 KEPT = 0  # the number that can't be removed
+_NORM_WORK = 4  # multiply-accumulates of a value, as thop counts them
 _GETTERS = {"__get__", "size", "dim", "stride", "is_contiguous", "numel", "is_floating_point", "is_complex", "get_device", "element_size"}
 _ONE_BY_ONE = {
     "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
@@ -46,6 +47,7 @@ class Trace(NamedTuple):
     uses: dict[str, tuple[np.ndarray | None, ...]]  # key of the state dict -> for each of the tensor's dimensions the channels along it
     moves: dict[str, tuple[np.ndarray, ...]]  # module that rearranges channels -> those of each of its inputs
     layers: list[Layer]
+    each: list[tuple[np.ndarray, int]]  # channels of a bias or a norm, and the multiply-accumulates that each costs
     kept_whole: dict[str, str]  # module -> the operation that keeps its channels whole
 
 
@@ -72,6 +74,7 @@ class _Tracer(TorchFunctionMode):
         self.uses: dict[str, tuple[np.ndarray | None, ...]] = {}
         self.moves: dict[str, tuple[np.ndarray, ...]] = {}
         self.layers: list[Layer] = []
+        self.each: list[tuple[np.ndarray, int]] = []
         self.kept_whole: dict[str, str] = {}
         self.inside: list[str] = []  # names of the modules that are running
         self.rearranging = 0  # how many of them say how they rearrange channels
@@ -90,16 +93,17 @@ class _Tracer(TorchFunctionMode):
 
     def result(self) -> Trace:
         root = _representatives(self.count, self.ties)
-        uses = {key: tuple(None if dim is None else root[dim] for dim in dims) for key, dims in self.uses.items()}
+        uses = {key: tuple(None if dim is None else root[dim] for dim in dims) for key, dims in self.uses.items() if dims}
         moves = {name: tuple(root[numbers] for numbers in inputs) for name, inputs in self.moves.items()}
         layers = [layer._replace(inputs=root[layer.inputs], outputs=root[layer.outputs]) for layer in self.layers]
-        return Trace(uses, moves, layers, self.kept_whole)
+        return Trace(uses, moves, layers, [(root[channels], work) for channels, work in self.each], self.kept_whole)
 
     def _enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.inside.append(name)
         if hasattr(module, "narrowed"):
             self.rearranging += 1
-            self.moves[name] = tuple(self._channels(x) for x in _tensors(inputs))
+            own = tuple(self._channels(x) for x in _tensors(inputs))
+            self.ties += zip(own, self.moves.setdefault(name, own), strict=True)  # as it may run twice
         self.frozen += name in self.fixed
 
     def _leave(self, module: nn.Module) -> None:
@@ -169,6 +173,8 @@ class _Tracer(TorchFunctionMode):
         self._use(weight, (outs, ins))
         self._use(bias, (outs,))
         self.layers.append(Layer(key, ins, outs, 1, y[..., 0].numel(), 0))
+        if bias is not None:
+            self.each.append((outs, y[..., 0].numel()))
         self._give(y, torch.from_numpy(outs).expand(y.shape))
 
     def _normalise(self, call: _Call) -> None:
@@ -177,6 +183,7 @@ class _Tracer(TorchFunctionMode):
         for tensor in _tensors((call.args[1:], call.kwargs)):
             if tensor is not x:
                 self._use(tensor, (channels,))
+        self.each.append((channels, _NORM_WORK * x[:, 0].numel()))
         self._give(call.made[0], self._numbers(x))
 
     def _unknown(self, call: _Call) -> None:
@@ -186,9 +193,11 @@ class _Tracer(TorchFunctionMode):
         for x in call.given:
             self._keep(self._numbers(x))
         for tensor in _tensors((call.args, call.kwargs)):
-            for numbers in self.uses.pop(self.keys.get(id(tensor), ""), ()):  # used in another way elsewhere
-                if numbers is not None:
-                    self._keep(torch.from_numpy(numbers))
+            if key := self.keys.get(id(tensor)):
+                for numbers in self.uses.get(key, ()):  # used in another way elsewhere
+                    if numbers is not None:
+                        self._keep(torch.from_numpy(numbers))
+                self.uses[key] = ()  # whole, whatever else uses it
         for made in call.made:
             self._give(made, torch.zeros(1, dtype=torch.int64).expand(made.shape))
 
@@ -214,6 +223,8 @@ class _Tracer(TorchFunctionMode):
         self._use(bias, (outs,))
         positions = (y if out_dim == 0 else x)[:, 0].numel()
         self.layers.append(Layer(key, ins, outs, groups, positions * weight[0, 0].numel(), out_dim))
+        if bias is not None:
+            self.each.append((outs, y[:, 0].numel()))
         self._give(y, _along(torch.from_numpy(outs), y))
 
     def _give(self, tensor: Tensor, numbers: Tensor) -> None:
@@ -242,7 +253,11 @@ class _Tracer(TorchFunctionMode):
         return np.arange(self.count - count, self.count)
 
     def _use(self, tensor: Tensor | None, dims: tuple[np.ndarray | None, ...]) -> None:
-        if tensor is not None and (key := self.keys.get(id(tensor))):
+        if tensor is None or not (key := self.keys.get(id(tensor))):
+            return
+        if key in self.uses:  # such as a norm that two branches share
+            self.ties += zip(dims, self.uses[key] or [np.full_like(numbers, KEPT) for numbers in dims], strict=True)
+        else:
             self.uses[key] = dims
 
     def _tie(self, a: Tensor, b: Tensor) -> None:
