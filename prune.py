@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(pruning, plan, folder)
     whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / _PRUNED))
     costs = CompareConfig(weights=(whole.weights, pruned.weights), data=config.data, data_root=config.data_root, imgsz=imgsz, batches=(1,),
-                          runtimes=("PyTorch fp32",), device=config.device, workers=config.workers, single_cls=config.single_cls,
-                          noplots=config.noplots, project=str(folder), name="comparison")
+                          runtimes=("PyTorch fp32",), device=config.device, precision=config.precision, workers=config.workers,
+                          single_cls=config.single_cls, noplots=config.noplots, project=str(folder), name="comparison")
     comparison = Comparison(costs, [whole, pruned], profile)
     comparison.run()
     info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} --data {config.data or 'DATA.yaml'} "

@@ -36,7 +36,9 @@ class ChannelSplit(nn.Module):
         half = self.sizes[0] if self.sizes else len(keep[0]) // 2
         return [int(keep[0][:half].sum()), int(keep[0][half:].sum())]
 
-    def narrow(self, sizes: Sequence[int]) -> None:
+    def narrow(self, sizes: Sequence[int | None]) -> None:
+        if len(sizes) != 2 or None in sizes:
+            raise ValueError(f"a split takes two numbers, found {list(sizes)}")
         self.sizes = tuple(sizes)
 
 
@@ -48,7 +50,12 @@ class ChannelShuffle(nn.Module):
         self.register_buffer("order", None, persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return shuffle_join(a, b) if self.order is None else torch.cat((a, b), 1).index_select(1, self.order)
+        if self.order is None:
+            return shuffle_join(a, b)
+        if not b.is_contiguous(memory_format=torch.channels_last):
+            return torch.cat((a, b), 1).index_select(1, self.order)
+        x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
+        return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
 
     def narrowed(self, keep: Sequence[np.ndarray]) -> list[int]:
         """What `narrow` takes once only the channels in `keep`, (C1,) and (C2,), are there: each output channel's place in their concatenation."""
@@ -58,7 +65,7 @@ class ChannelShuffle(nn.Module):
         return places[order[kept[order]]].tolist()
 
     def narrow(self, order: Sequence[int]) -> None:
-        if sorted(order) != list(range(len(order))):
+        if set(order) != set(range(len(order))):
             raise ValueError("a shuffle's order names each of its channels once")
         self.order = torch.tensor(order, device="cpu")
 

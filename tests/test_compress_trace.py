@@ -6,41 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from channels import Net, conv, graph_of
 from torch import Tensor, nn
 from transplant import lived_in
 
 from models.prune import channel_graph, remove_channels
 from models.spec import load_spec
 from models.yolo import DetectionModel
-from utils.compress.graph import ChannelGraph
-from utils.compress.trace import KEPT, trace_channels
+from utils.compress.trace import KEPT
 
 FILES = sorted(Path(__file__).resolve().parents[1].glob("models/**/*.yaml"))
 LIGHT = ["yolov5n", "yolov5s-ghost", "yolov5s-shuffle", "yolov5n-ghostnet-0.5x", "yolov5n-mobilenetv3-small", "yolov5n-shufflenetv2-0.5x",
          "yolov5s-repghost", "yolov5s-repvgg-a0", "yolov5s-lcnet", "yolov5s-transformer", "yolov5s-timm-regnety-200mf", "yolov5s-timm-convnext-atto",
          "yolov5s-torchvision-mobilenetv3-small", "yolov3-tiny"]
-
-
-class Net(nn.Module):
-    """What `forward` says of some layers."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.body = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
-def conv(c1: int, c2: int, k: int = 1, **options: int) -> nn.Conv2d:
-    return nn.Conv2d(c1, c2, k, padding=k // 2, **options)
-
-
-def graph_of(net: nn.Module, channels: int = 3) -> ChannelGraph:
-    trace = trace_channels(net.eval(), torch.zeros(1, channels, 8, 8))
-    return ChannelGraph(trace, {key: tensor.shape for key, tensor in net.state_dict().items()})
 
 
 def groups_of(net: nn.Module) -> dict[str, tuple[int, tuple[str, ...]]]:

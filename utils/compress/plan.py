@@ -29,7 +29,9 @@ class Limits(NamedTuple):
         """The nearest number of channels that may stay."""
         total, step = len(group.channels), self.step(graph, group)
         least = min(total, max(1, math.ceil(self.least * total / step - _SLACK) * step))
-        return min(max(least, round(wanted / step) * step), total)
+        below = int(min(wanted, total) // step) * step
+        above = min(below + step, total)  # all of them are allowed, whatever their number
+        return max(least, above if above - wanted <= wanted - below else below)
 
     def step(self, graph: ChannelGraph, group: Group) -> int:
         """A layer may make a channel several times, as ShuffleNet's and RegNet's groups do."""

@@ -31,6 +31,7 @@ from utils.compress.plan import (
 from utils.config import PruneConfig
 from utils.data.labels import Split
 from utils.data.open import val_loader
+from utils.device import PRECISION, compute_dtype
 from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.files import read_yaml, write_yaml
@@ -115,6 +116,7 @@ class Pruning:
         trained = [key for key, _ in model.named_parameters()]
         self.costs: dict[str, Cost] = {"flops": macs_share(graph), "params": parameters_share(graph, trained), "latency": latency}
         self.device = next(model.parameters()).device
+        self.dtype = compute_dtype(config.precision, self.device)  # of scoring
         self.candidates: list[Candidate] = []  # of a search, the best first
         self.plan = self._read_plan(Path(config.plan)) if config.plan else None
         self._check()
@@ -137,7 +139,8 @@ class Pruning:
     def score(self, model: Any) -> float:
         """mAP50-95 on the held-out slice."""
         network = model.fused().to(self.device, memory_format=torch.channels_last)
-        result = validate(network, self.slices.held_out, self.slices.held_out_split, self.device, torch.float32)
+        slices = self.slices
+        result = validate(network, slices.held_out, slices.held_out_split, self.device, self.dtype, single_cls=self.config.single_cls)
         return float(np.nan_to_num(result.scores.ap))
 
     def _check(self) -> None:
@@ -170,7 +173,7 @@ class Pruning:
         (kind, target), config = self._budget(), self.config
         settings = {"weights": _digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
                     "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
-                    "data": self.slices.held_out_split.fingerprint}
+                    "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
         search = Search(folder / "candidates.json", settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
