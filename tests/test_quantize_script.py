@@ -107,6 +107,15 @@ def test_a_sensitive_layer_stays_float(place: Path, tmp_path: Path, capsys, monk
     assert next(row for row in rows if not row.startswith("model.5.m.")).startswith(kept)  # Detect's own layers are float in ONNX anyway
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    ({"avx2", "avx512f"}, "no int8 instructions"), ({"avx2", "avx_vnni"}, "AVX-VNNI"), ({"avx512_vnni", "avx_vnni"}, "AVX-512 VNNI and AVX-VNNI"),
+    ({"amx_int8", "avx512_vnni"}, "AMX and AVX-512 VNNI"), ({"asimddp"}, "dot products"), (set(), "no int8 instructions"),
+])  # fmt: skip
+def test_the_processors_int8_is_named(flags, said, monkeypatch):
+    monkeypatch.setattr("utils.device._cpu_flags", lambda: flags)
+    assert cpu_int8().startswith(said)
+
+
 def test_bad_input(place: Path, tmp_path: Path, capsys):
     (tmp_path / "few").mkdir()
     few = data_yaml(tmp_path / "few", train=5)
