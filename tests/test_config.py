@@ -9,14 +9,26 @@ import time
 
 import pytest
 
-from utils.config import CompareConfig, DetectConfig, ExportConfig, Hyp, TrainConfig, ValConfig, hyp_from_dict, load_hyp, parse, parse_given
+from utils.config import (
+    CompareConfig,
+    DetectConfig,
+    ExportConfig,
+    Hyp,
+    QuantizeConfig,
+    TrainConfig,
+    ValConfig,
+    hyp_from_dict,
+    load_hyp,
+    parse,
+    parse_given,
+)
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training.runs import _newest_last
 
 REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"], CompareConfig: [],
-            ExportConfig: ["--weights", "a.pt"]}
+            ExportConfig: ["--weights", "a.pt"], QuantizeConfig: ["--weights", "a.pt", "--data", "b.yaml"]}
 CONFIGS = list(REQUIRED)
 FLAGS = [(cls, field) for cls in CONFIGS for field in dataclasses.fields(cls)]
 

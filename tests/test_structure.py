@@ -19,7 +19,8 @@ FILES = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room)
 FLOORS = ("utils.training", "utils.compare", "utils.compress", "utils.deploy", "utils.plots", "utils.evaluate", "utils.measure", "utils.export",
           "utils.data", "utils")
 # Rooms beside each other, which do not know one another.
-STRANGERS = {("utils.training", "utils.deploy"), ("utils.training", "utils.compare"), ("utils.compare", "utils.deploy")}
+STRANGERS = {("utils.training", "utils.deploy"), ("utils.training", "utils.compare"), ("utils.compare", "utils.deploy"),
+             ("utils.compare", "utils.compress"), ("utils.compress", "utils.deploy")}
 
 
 def module_name(path: Path) -> str:

@@ -167,6 +167,22 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class QuantizeConfig(DataOptions):
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
+    data: str = option("", "data YAML that it was trained on, found as given or in data/: int8 is calibrated on its train split, scored on val",
+                       required=True)
+    to: str = option("onnx", "what to write: best_int8.onnx or best_int8_openvino_model/, beside best.pt", choices=("onnx", "openvino"))
+    calib: int = option(300, "training images to measure the ranges of activations on", check=(lambda v: v >= 8, "must be 8 or more"))
+    max_drop: float = option(1.0, "points of mAP50-95 that int8 may lose: layers stay float until it holds", check=NOT_NEGATIVE)
+    sensitivity: bool = option(False, "also write what each layer's rounding costs, as table and picture")
+    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    dynamic: bool = option(False, "a graph for any batch and image size; else for one square image")
+    batch_size: int = option(32, "images a batch of the validation", check=POSITIVE, aliases=("--batch",))
+    seed: int = option(0, "which training images are drawn", check=SEED)
+    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
+
+
+@dataclass(frozen=True)
 class CompareConfig(DataOptions, Common):
     cfg: tuple[str, ...] = option((), "model YAMLs, or patterns such as 'models/*.yaml'", nargs="+", type=str)
     weights: tuple[str, ...] = option((), "checkpoints to compare as they are", nargs="+", type=str)

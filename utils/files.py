@@ -157,6 +157,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def size_bytes(path: Path) -> int:
+    """Of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what atomic writes that were killed left in `folder`, where nothing writes now."""
     for path in folder.glob(f".*.{'[0-9a-f]' * 32}*"):

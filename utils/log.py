@@ -1,8 +1,12 @@
 """What a run tells its user: plain lines on stdout from the first process, warnings on stderr."""
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def is_main_process() -> bool:
@@ -18,3 +22,16 @@ def info(text: str = "") -> None:
 def warn(text: str) -> None:
     if is_main_process():
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Nothing that libraries log or warn of, up to errors: advice for their own users."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -34,6 +34,7 @@ class ExportMetadata:
     anchors: of each level, width and height in pixels in turn.
     precision: of the weights, one of PRECISIONS.
     source: file name of the checkpoint.
+    float_layers: of an int8 file those that stayed float.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class ExportMetadata:
     anchors: tuple[tuple[float, ...], ...]
     precision: str
     source: str
+    float_layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, network: Detector, imgsz: tuple[int, int], *, dynamic: bool, precision: str, source: str) -> ExportMetadata:
@@ -139,4 +141,5 @@ _WELL_FORMED = {
     "anchors": lambda v: _is_list(v, lambda level: _is_list(level, _is_side)),
     "precision": lambda v: v in PRECISIONS,
     "source": lambda v: isinstance(v, str),
+    "float_layers": lambda v: isinstance(v, list) and all(isinstance(layer, str) for layer in v),
 }

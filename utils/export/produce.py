@@ -16,7 +16,7 @@ from utils.export.backends import open_network
 from utils.export.check import TOLERANCES, Agreement, check_batches, compare
 from utils.export.formats import ExportJob, Format
 from utils.export.sessions import short_reason
-from utils.files import atomic_folder, atomic_write
+from utils.files import atomic_folder, atomic_write, size_bytes
 from utils.log import info
 from utils.network import Network
 
@@ -40,7 +40,7 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
         if not agreement.holds:
             _keep_aside(temporary, aside)
             raise UserError(f"{kind.name}: does not find what the checkpoint finds: {agreement}; kept aside as {aside}")
-    info(f"{kind.name}: {path}: {_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s; {agreement}")
+    info(f"{kind.name}: {path}: {size_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s; {agreement}")
     return path
 
 
@@ -65,7 +65,3 @@ def _keep_aside(path: Path, aside: Path) -> None:
     if aside.is_dir():
         shutil.rmtree(aside)
     os.replace(path, aside)
-
-
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))

@@ -1,0 +1,99 @@
+"""An ONNX file in int8 by ONNX Runtime's quantizer: QDQ format, uint8 activations, int8 weights by channel, what surrounds them in int8 too.
+
+Weights take 7 of their 8 bits: where a processor has no VNNI, two products of 8 bits are added in 16 and saturate, which takes a ShuffleNet from
+0.38 to 0.19 mAP; a file must not depend on where it runs.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.compress.calibration import CalibrationImages
+from utils.compress.tail import find_tail
+from utils.export.converters import INPUT
+from utils.export.metadata import ExportMetadata, stamp_onnx
+from utils.extras import import_extra
+from utils.log import silent_libraries
+
+if TYPE_CHECKING:
+    import onnx
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_ACTIVATIONS = {"Sigmoid", "Mul", "Relu", "LeakyRelu", "HardSigmoid", "HardSwish", "Clip", "Add", "Div", "Tanh", "Softplus", "Gelu", "Elu"}
+
+
+class OnnxQuantizer:
+    """A float ONNX file, calibrated once, to int8 files that differ in which layers stay float.
+
+    Attributes:
+        layers: those that can be int8, by the names that they have in the network, in its order.
+    """
+
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path) -> None:
+        """
+        Args:
+            source: exported by `to_onnx`.
+            folder: for its own files, which must live as long as it does.
+        """
+        onnx, preparation = import_extra("onnx"), import_extra("onnxruntime.quantization.shape_inference")
+        self._images, self._path, self._ranges = images, folder / "prepared.onnx", folder / "ranges.json"
+        with silent_libraries():
+            preparation.quant_pre_process(str(source), str(self._path), skip_symbolic_shape=True)
+        model = onnx.load(str(self._path))
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._makers = {output: node.name for node in model.graph.node for output in node.output}
+        sources = {name: [self._makers[i] for i in node.input if i in self._makers] for name, node in self._nodes.items()}
+        weighted = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
+        tail = find_tail(sources, weighted)
+        # An int8 convolution rounds what it puts out, and Detect's maps are box sides: its convolutions stay float as their decoding does.
+        self._float = tail.after | tail.last
+        self._nodes_of: dict[str, list[str]] = {}
+        for name in weighted:
+            if name not in self._float:
+                self._nodes_of.setdefault(_layer_name(self._nodes[name]), []).append(name)
+        self.layers = tuple(self._nodes_of)
+
+    def write(self, path: Path, metadata: ExportMetadata) -> None:
+        """The int8 file, in which the layers that `metadata` names stay float, their activation functions with them."""
+        tools = import_extra("onnxruntime.quantization")
+        # Measured at the first call; later versions of ONNX Runtime can keep it.
+        cache = {"calibration_cache_path": self._ranges} if "calibration_cache_path" in inspect.signature(tools.quantize_static).parameters else {}
+        stay = self._float.union(*(self._with_activation(name) for layer in metadata.float_layers for name in self._nodes_of[layer]))
+        with silent_libraries():
+            tools.quantize_static(
+                str(self._path), str(path), _reader(tools, self._images), quant_format=tools.QuantFormat.QDQ, per_channel=True, reduce_range=True,
+                activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8, nodes_to_exclude=sorted(stay),
+                calibrate_method=tools.CalibrationMethod.MinMax, **cache,
+            )
+        stamp_onnx(path, metadata)
+
+    def _with_activation(self, name: str) -> set[str]:
+        """The node and what depends on nothing but it and constants: its activation function."""
+        unit = {name}
+        for node in self._nodes.values():  # in topological order
+            makers = {self._makers[i] for i in node.input if i in self._makers}
+            if node.op_type in _ACTIVATIONS and makers and makers <= unit:
+                unit.add(node.name)
+        return unit
+
+
+def _layer_name(node: onnx.NodeProto) -> str:
+    """As the network names it, by its weight where the exporter kept that name."""
+    weight = node.input[1].removesuffix(".weight")
+    return weight.removeprefix("network.") if weight != node.input[1] else node.name
+
+
+def _reader(tools: Any, images: CalibrationImages) -> Any:
+    class Reader(tools.CalibrationDataReader):
+        def __init__(self) -> None:
+            self._rest: Iterator[np.ndarray] = images.shown("calibration")
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self._rest, None)
+            return None if image is None else {INPUT: image}
+
+    return Reader()

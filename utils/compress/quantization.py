@@ -1,0 +1,135 @@
+"""A whole quantization: PyTorch, the float file and the int8 file on the same images, and the int8 file in its place if it is good enough."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.compress.calibration import CalibrationImages
+from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
+from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
+from utils.config import QuantizeConfig
+from utils.data.labels import Split
+from utils.data.open import val_loader
+from utils.device import cpu_int8, machine
+from utils.evaluate.validate import validate
+from utils.export.backends import open_network
+from utils.export.formats import ExportJob, Format
+from utils.export.graph import Detector
+from utils.export.metadata import ExportMetadata
+from utils.files import size_bytes
+from utils.log import info, warn
+from utils.measure.timing import Latency, Timings, time_interleaved
+from utils.network import Network, infer
+from utils.plots.sensitivity import draw_sensitivities
+
+_CPU = torch.device("cpu")
+_PAD_STRIDE = 32  # of images for a graph that takes any size, at least
+_SENSITIVITY_IMAGES = 8
+_ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    scores: Scores
+    bytes: int
+
+
+class Quantization:
+    """What quantize.py does with a network and its data."""
+
+    def __init__(self, config: QuantizeConfig, kind: Format, network: Detector, train: Split, val: Split, imgsz: int) -> None:
+        """
+        Args:
+            network: fused, float32, on the CPU.
+            imgsz: in whole strides, pixels.
+        """
+        self.config, self.kind, self.network, self.val = config, kind, network, val
+        self.weights = Path(config.weights).expanduser()
+        self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
+        stride = max(*network.strides, _PAD_STRIDE) if config.dynamic else None
+        self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)
+        self.job = ExportJob(network, ExportMetadata.of(
+            network, (imgsz, imgsz), dynamic=config.dynamic, precision="fp32", source=self.weights.name))
+
+    def run(self) -> bool:
+        """Write the int8 file; whether it loses no more than it may."""
+        config, stem = self.config, self.weights.with_suffix("")
+        info(f"int8: {self.weights.name} to {self.kind.name}, calibrated on {len(self.images)} training images of "
+             f"{' x '.join(map(str, self.job.metadata.imgsz))} px; {machine(_CPU)}; the processor has {cpu_int8()}")
+        pytorch = self.score(self.network)  # first: its loader's workers must not be forked beside another runtime's threads
+        with TemporaryDirectory() as folder:
+            files = Int8Files(self.job, self.kind, self.images, Path(folder))
+            reference = self.score(open_network(files.float_path))
+            best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
+            made = files.path_of[best.kept]
+            timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})
+            rows = [Row("PyTorch fp32", pytorch, self.weights.stat().st_size), Row("float", reference, size_bytes(files.float_path)),
+                    Row("int8", best.scores, size_bytes(made))]
+            info(table(rows, self.kind.name, timings))
+            reached = best.drop <= config.max_drop
+            path = stem.with_name(f"{stem.name}_int8{'' if reached else '.failed'}{self.kind.suffix}")
+            put(made, path, self.kind)
+        if config.sensitivity:
+            self._draw(stem, best)
+        self._conclude(best, path, reached)
+        return reached
+
+    def score(self, network: Network) -> Scores:
+        metrics = validate(network, self.loader, self.val, _CPU, torch.float32, single_cls=self.config.single_cls).metrics()
+        return Scores(metrics["mAP50"], metrics["mAP50-95"])
+
+    @functools.cached_property
+    def sensitivities(self) -> list[Sensitivity]:
+        """On training images, so that validation stays a judge of what it did not choose."""
+        return layer_sensitivities(self.network, torch.from_numpy(self.images.first(_SENSITIVITY_IMAGES)))
+
+    def _alone(self, path: Path) -> Network:
+        """The file as one caller runs it, with all threads."""
+        return open_network(path, at_once=1)
+
+    def _time(self, networks: dict[str, Network]) -> Timings:
+        """One image through each, in turn."""
+        image = torch.from_numpy(self.images.first(1)).mul(255).byte()
+
+        def run(network: Network, images: Tensor) -> Callable[[], object]:
+            return lambda: infer(network, images, _CPU, torch.float32)
+
+        layouts = {name: image.contiguous(memory_format=torch.channels_last) if name == "PyTorch fp32" else image for name in networks}
+        return time_interleaved({name: run(network, layouts[name]) for name, network in networks.items()}, _ROUNDS, budget_s=_SECONDS)
+
+    def _draw(self, stem: Path, best: Attempt) -> None:
+        path = stem.with_name(f"{stem.name}_int8_sensitivity")
+        write_sensitivities(path.with_suffix(".csv"), self.sensitivities, best.kept)
+        order = {name: n for n, (name, _) in enumerate(self.network.named_modules())}
+        bars = sorted(self.sensitivities, key=lambda sensitivity: order[sensitivity.layer])
+        draw_sensitivities(path.with_suffix(".png"), bars, best.kept, f"{self.weights.name}: one layer in int8 at a time")
+        info(f"sensitivity of each layer: {path}.csv and .png")
+
+    def _conclude(self, best: Attempt, path: Path, reached: bool) -> None:
+        kept = f"; in float, the most sensitive first: {', '.join(best.kept)}" if best.kept else ""
+        if reached:
+            info(f"results: {path}, {best.drop:+.2f} points of mAP50-95 lost{kept}")
+            info(f"    python val.py --weights {path} --data {self.config.data}")
+        else:
+            warn(f"int8 loses {best.drop:.2f} points of mAP50-95, more than --max-drop {self.config.max_drop:g}, even with a quarter of the layers "
+                 f"in float: the best file is kept aside as {path}{kept}")
+
+
+def table(rows: list[Row], runtime: str, timings: Timings) -> str:
+    """PyTorch, the float and the int8 file, one a line; latency of one image, median and (p90 - p10) / median."""
+    lines = [f"{'':>16}  {'mAP50':>7}  {'mAP50-95':>8}  {'MiB':>7}  {'ms':>7}  {'spread':>6}  {'speed':>6}"]
+    base = timings.latencies[rows[0].name]
+    for name, scores, size in rows:
+        latency: Latency = timings.latencies[name]
+        shown = name if name == rows[0].name else f"{runtime} {name}"
+        lines.append(f"{shown:>16}  {scores.map50:>7.4f}  {scores.map:>8.4f}  {size / 2**20:>7.2f}  {latency.p50_ms:>7.1f}  {latency.spread:>6.0%}  "
+                     f"{base.p50_ms / latency.p50_ms:>5.2f}x")
+    return "\n".join([*lines, *([timings.remark] if timings.remark else [])])

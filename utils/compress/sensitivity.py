@@ -1,0 +1,131 @@
+"""How much each layer's rounding to 8 bits disturbs what the network finds, measured in PyTorch, one layer at a time."""
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.files import atomic_write
+
+_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_TINY = 1e-12
+
+
+class Sensitivity(NamedTuple):
+    layer: str
+    sqnr_db: float  # of the network's output with only this layer in int8: the lower, the more it suffers
+
+
+class _Ranges(NamedTuple):
+    """Of a layer in float on the images."""
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor  # of its output by channel
+
+
+@torch.inference_mode()
+def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = 64) -> list[Sensitivity]:
+    """The network's layers, the most sensitive first: a forward pass each.
+
+    A layer's input is rounded to 256 levels of its range and its weights to `levels` on each side of 0, by channel; the mean of its output is kept,
+    as quantizers correct it.
+
+    Args:
+        network: fused, in eval mode; images (B, 3, H, W) in 0..1 -> raw maps.
+    """
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, _LAYERS)}
+    ranges: dict[str, _Ranges] = {}
+    with _Hooks() as hooks:
+        for name, layer in layers.items():
+            hooks.add(layer.register_forward_hook(_measure_into(ranges, name)))
+        reference = network(images)
+    found = []
+    for name in tqdm([name for name in layers if name in ranges], desc="sensitivity", leave=False, dynamic_ncols=True):
+        found.append(Sensitivity(name, output_sqnr_db(reference, _with_rounded(network, layers[name], ranges[name], images, levels))))
+    return sorted(found, key=lambda sensitivity: sensitivity.sqnr_db)
+
+
+def output_sqnr_db(reference: Sequence[Tensor], maps: Sequence[Tensor]) -> float:
+    """Signal to noise of raw maps L x (B, A, H, W, 5 + C), as the probabilities that decoding makes of them.
+
+    Each place counts by its objectness: what moves far from any object changes no box.
+    """
+    signal = noise = 0.0
+    for a, b in zip(reference, maps, strict=True):
+        a, b = a.sigmoid(), b.sigmoid()
+        weight = a[..., 4:5]
+        signal += float((weight * a.square()).sum())
+        noise += float((weight * (a - b).square()).sum())
+    return 10 * math.log10(max(signal, _TINY) / max(noise, _TINY))
+
+
+def write_sensitivities(path: Path, found: Sequence[Sensitivity], kept: Sequence[str]) -> None:
+    """As a spreadsheet: layer, SQNR, and whether it stayed float."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["layer", "sqnr_db", "float"])
+        writer.writerows([layer, f"{sqnr_db:.3f}", int(layer in kept)] for layer, sqnr_db in found)
+
+
+def round_weight(weight: Tensor, levels: int, axis: int = 0) -> Tensor:
+    """To whole steps of the largest value of each output channel, which lies `levels` of them from 0."""
+    others = [dim for dim in range(weight.ndim) if dim != axis]
+    step = weight.abs().amax(others, keepdim=True).clamp(min=_TINY) / levels
+    return (weight / step).round() * step
+
+
+def round_input(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """To 256 levels from `low` to `high`, of which one is 0."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = ((high - low) / 255).clamp(min=_TINY)
+    zero = (-low / step).round()
+    return ((x / step + zero).round().clamp(0, 255) - zero) * step
+
+
+def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images: Tensor, levels: int) -> Sequence[Tensor]:
+    """The network's maps with this layer in int8."""
+    kept = layer.weight.data
+    layer.weight.data = round_weight(kept, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
+    try:
+        with _Hooks() as hooks:
+            hooks.add(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
+            hooks.add(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
+            return network(images)
+    finally:
+        layer.weight.data = kept
+
+
+def _measure_into(ranges: dict[str, _Ranges], name: str) -> Callable:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ranges[name] = _Ranges(inputs[0].amin(), inputs[0].amax(), _channel_mean(output))
+
+    return hook
+
+
+def _channel_mean(output: Tensor) -> Tensor:
+    """Of (B, C, H, W), or of a linear layer's (…, C), to add to it."""
+    return output.mean((0, 2, 3), keepdim=True) if output.ndim == 4 else output.mean(tuple(range(output.ndim - 1)))
+
+
+class _Hooks:
+    """Hooks that are gone when the block ends."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def add(self, handle: Any) -> None:
+        self._handles.append(handle)
+
+    def __enter__(self) -> _Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
