@@ -21,6 +21,7 @@ from utils.data.open import open_splits
 from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes
 from utils.training.fit import Training
 from utils.training.loss import DetectionLoss
+from utils.training.runs import Run
 
 _CPU = torch.device("cpu")
 
@@ -63,7 +64,7 @@ def whole(args: argparse.Namespace, precision: str) -> None:
     train_split, val_split = open_splits(config, ("train", "val"))
     model = DetectionModel(load_spec(args.cfg, len(train_split.names)), train_split.names).to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(model, train_split, val_split, config, Hyp(), Path(folder), _CPU)
+        training = Training(model, Run(config, Hyp(), Path(folder)), train_split, val_split, _CPU)
         rates = [training.train_one_epoch(epoch).images_per_second for epoch in range(2)]
     machine = describe(_CPU, compute_dtype(precision, _CPU))
     report(ms=1e3 / rates[1], images_per_s=rates[1], memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=machine)

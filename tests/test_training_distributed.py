@@ -21,6 +21,7 @@ from utils.files import ROOT
 from utils.network import to_input
 from utils.training.distill import build_distillation
 from utils.training.fit import Training
+from utils.training.runs import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,7 @@ def new_training(folder: Path, world: World, taught: bool = False) -> Training:
     teacher, model = tiny_model(folder, seed=1, width=16), tiny_model(folder)
     torch.manual_seed(world.rank)
     distillation = build_distillation(model, [teacher], config, CPU) if taught else None
-    return Training(model, split, split, config, Hyp(), folder, CPU, world, distillation=distillation)
+    return Training(model, Run(config, Hyp(), folder), split, split, CPU, world, distillation)
 
 
 def learner(training: Training) -> nn.Module:

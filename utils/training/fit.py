@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
-from utils.config import Hyp, TrainConfig
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
@@ -32,6 +31,7 @@ from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.loss import DetectionLoss
 from utils.training.optim import build_optimizer, load_optimizer
+from utils.training.runs import Run
 from utils.training.schedule import progress, settings, warmup_steps
 from utils.training.sparsity import GAMMA_BINS, Sparsity
 from utils.training.state import TrainState
@@ -45,21 +45,21 @@ class Training:
     """Trains `model` on two splits; `run()` goes from the state's epoch to the last."""
 
     def __init__(
-        self, model: torch.nn.Module, train_split: Split, val_split: Split, config: TrainConfig, hyp: Hyp, run_dir: Path, device: torch.device,
-        world: World = _ALONE, state: TrainState | None = None, distillation: Distillation | None = None, sparsity: Sparsity = _DENSE,
+        self, model: torch.nn.Module, run: Run, train_split: Split, val_split: Split, device: torch.device, world: World = _ALONE,
+        distillation: Distillation | None = None, sparsity: Sparsity = _DENSE,
     ) -> None:
         """
         Args:
             model: a DetectionModel on `device`; see models/yolo.py.
-            config: with a whole batch size (over all processes) and an image size that the strides divide.
-            state: of the run to go on with.
+            run: in its folder, with a whole batch size (over all processes) and an image size that the strides divide.
             distillation: `model` beside its teachers, if it has any.
             sparsity: of `model`.
         """
-        self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run_dir, device, world
+        config, hyp = run.config, run.hyp
+        self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run.folder, device, world
         self.train_split, self.val_split = train_split, val_split
         self.dtype = compute_dtype(config.precision, device)
-        self.state = state or TrainState({}, dataclasses.asdict(hyp))
+        self.state = run.state or TrainState({}, dataclasses.asdict(hyp))
         self.state.config = dataclasses.asdict(config)
         self._load_data()
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
@@ -71,10 +71,10 @@ class Training:
         self.sparsity = sparsity
         self.stepper = Stepper(model, optimizer, ModelEma(model), device, self.dtype, sparsity.slimming)
         self.network = world.wrap(learner, device, config.sync_bn)
-        self.scalars = Scalars(run_dir) if world.rank == 0 else None
+        self.scalars = Scalars(run.folder) if world.rank == 0 else None
         self.result: ValResult | None = None
-        if state:
-            self._restore(state)
+        if run.state:
+            self._restore(run.state)
 
     def run(self) -> None:
         """Train to the last epoch, the time limit or the end of patience; last.pt is whole after each epoch."""

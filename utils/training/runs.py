@@ -20,10 +20,12 @@ _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache",
 
 @dataclass(frozen=True)
 class Run:
+    """A training's settings, its folder once it has one, and what it goes on from."""
+
     config: TrainConfig
     hyp: Hyp
-    folder: Path | None = None  # of the run to go on with
-    checkpoint: Checkpoint | None = None  # its last.pt
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None  # the last.pt to go on with
     state: TrainState | None = None
 
 
