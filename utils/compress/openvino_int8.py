@@ -1,6 +1,6 @@
 """An OpenVINO model in int8 by NNCF: weights by channel, activations symmetric or not as their function needs it (preset MIXED), biases corrected.
 
-Weights take 7 of their 8 bits (overflow fix): see onnx_int8.py.
+Weights take 7 of their 8 bits (overflow fix): see onnx_int8.py. Ranges are the extremes seen, not each image's own on average.
 """
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ class OpenvinoQuantizer:
         stay = sorted(self._decoding.union(*(self._nodes_of[layer] for layer in metadata.float_layers)))
         with silent_libraries():
             nncf = import_extra("nncf")
+            ranges = import_extra("nncf.quantization.range_estimator").RangeEstimatorParametersSet
             model = nncf.quantize(  # which shows progress bars of its own
                 self._core.read_model(self._xml), nncf.Dataset(self._images), preset=nncf.QuantizationPreset.MIXED, subset_size=len(self._images),
                 fast_bias_correction=True, ignored_scope=nncf.IgnoredScope(names=stay, validate=False),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    overflow_fix=nncf.OverflowFix.ENABLE, activations_range_estimator_params=ranges.MINMAX),
             )
         stamp_openvino(model, metadata)
         import_extra("openvino").save_model(model, folder / self._xml.name, compress_to_fp16=False)
