@@ -12,6 +12,7 @@ from utils.export.backends import find_exported
 from utils.export.metadata import ExportMetadata, stamp_openvino
 from utils.extras import import_extra
 from utils.log import silent_libraries
+from utils.signals import keep_signal_stack
 
 _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 
@@ -37,7 +38,7 @@ class OpenvinoQuantizer:
     def write(self, folder: Path, metadata: ExportMetadata) -> None:
         """The int8 model into a folder that is there; the layers that `metadata` names stay float in it."""
         stay = sorted(self._decoding.union(*(self._nodes_of[layer] for layer in metadata.float_layers)))
-        with silent_libraries():
+        with silent_libraries(), keep_signal_stack():
             nncf = import_extra("nncf")
             ranges = import_extra("nncf.quantization.range_estimator").RangeEstimatorParametersSet
             model = nncf.quantize(  # which shows progress bars of its own

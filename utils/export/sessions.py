@@ -11,6 +11,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.export.metadata import openvino_props
 from utils.extras import import_extra
+from utils.signals import keep_signal_stack
 
 _LONGEST_REASON = 300  # characters
 Shape = tuple[int | None, ...]  # None: any
@@ -82,7 +83,8 @@ class OpenvinoSession:
         settings = {"NUM_STREAMS": at_once, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
         try:
             model = openvino.Core().read_model(path)
-            self._compiled = openvino.compile_model(model, "CPU", settings)
+            with keep_signal_stack():
+                self._compiled = openvino.compile_model(model, "CPU", settings)
         except Exception as error:  # of the parser or a kernel: of any kind
             raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {_last_line(error)}") from None
         self._own = threading.local()

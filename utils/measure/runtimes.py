@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
+from utils.signals import keep_signal_stack
 
 Run = Callable[[], Sequence[Tensor]]  # one batch to its raw maps, done when it returns; the next run may overwrite them
 _LONGEST_REASON = 400  # characters
@@ -150,7 +151,8 @@ def _openvino(network: nn.Module, images: Tensor) -> Run:
     images = images.contiguous()
     converted = to_openvino(network, images)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.compile_model(converted, "CPU", settings)
+    with keep_signal_stack():
+        compiled = openvino.compile_model(converted, "CPU", settings)
     request, levels, array = compiled.create_infer_request(), range(len(compiled.outputs)), images.numpy()
 
     def run() -> Sequence[Tensor]:

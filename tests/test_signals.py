@@ -1,0 +1,29 @@
+"""Signals after OpenVINO: in a process of its own, which they kill where its models leave a freed signal stack behind."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import gc, os, signal
+import torch
+from utils.measure.runtimes import RUNTIMES
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+openvino = next(runtime for runtime in RUNTIMES if runtime.name == "OpenVINO")
+network, images = torch.nn.Conv2d(3, 8, 3).eval(), torch.rand(1, 3, 64, 64)
+first, second = (openvino.prepare(network, images) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_openvino_does_not_kill():
+    pytest.importorskip("openvino")
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
