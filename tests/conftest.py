@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.extras import forbid_telemetry
+
+forbid_telemetry()  # tests import the packages themselves, too
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

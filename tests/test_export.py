@@ -23,6 +23,7 @@ from utils.export.formats import FORMATS, ExportJob, choose_formats
 from utils.export.graph import InferenceGraph, decode_maps
 from utils.export.metadata import KEY, ExportMetadata, foreign_facts, metadata_from_props, openvino_props, stamp_onnx, stamp_openvino
 from utils.export.produce import produce
+from utils.signals import keep_signal_stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -137,7 +138,8 @@ def test_a_pruned_shuffle_in_openvino(tmp_path: Path):
     network, images = Shuffled().requires_grad_(False), torch.rand(2, 3, 6, 8)
     to_onnx(network, images, tmp_path / "a.onnx", dynamic=True)
     for model in (to_openvino(network, images), openvino.Core().read_model(tmp_path / "a.onnx")):
-        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        with keep_signal_stack():
+            compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         torch.testing.assert_close(torch.from_numpy(compiled(images.numpy())[0]), network(images), rtol=1e-5, atol=1e-5)
 
 

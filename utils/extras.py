@@ -14,17 +14,19 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def import_extra(package: str) -> ModuleType:
-    """An optional package.
+def forbid_telemetry() -> None:
+    """ONNX Runtime and OpenVINO would report their use over the network: tell them not to, before they are imported."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO goes without where it can't be imported
 
-    ONNX Runtime and OpenVINO would report their use over the network: they are told not to before they start, so that they must not be imported
-    in any other way.
+
+def import_extra(package: str) -> ModuleType:
+    """An optional package, which reports its use to nobody; it must not be imported in any other way.
 
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO goes without where it can't be imported
+    forbid_telemetry()
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
