@@ -21,6 +21,12 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_threads() -> None:
+    """The tests' networks are so small that threads wait for each other longer than they compute."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums must not depend on how many threads share them."""
