@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 FILES = sorted(ROOT.glob("models/**/*.yaml"))
-LIGHT = ["yolov5n-ghost", "yolov5s-shuffle", "yolov5n-mobilenetv3-small"]
+LIGHT = ["yolov5s-shuffle"]
 
 
 @pytest.fixture(scope="module")
