@@ -13,8 +13,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from utils.config import CompareConfig, parse
+from utils.config import CompareConfig
 from utils.errors import script
+from utils.flags import parse
 from utils.threads import wait_politely
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import DetectConfig, parse
+from utils.config import DetectConfig
 from utils.errors import script
+from utils.flags import parse
 from utils.threads import wait_politely
 
 

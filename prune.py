@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, parse
+from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig
 from utils.errors import UserError, script
+from utils.flags import parse
 from utils.threads import wait_politely
 
 _PRUNED = "pruned.pt"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import DEFAULT_IMGSZ, QuantizeConfig, parse
+from utils.config import DEFAULT_IMGSZ, QuantizeConfig
 from utils.errors import UserError, script
+from utils.flags import parse
 from utils.threads import wait_politely
 
 

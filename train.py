@@ -12,8 +12,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from utils.config import TrainConfig, parse_given
+from utils.config import TrainConfig
 from utils.errors import script
+from utils.flags import parse_given
 from utils.threads import wait_politely
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import ValConfig, parse
+from utils.config import ValConfig
 from utils.errors import script
+from utils.flags import parse
 from utils.threads import wait_politely
 
 

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from models.plugin import load_plugin
 from models.spec import load_spec
 from models.yolo import DetectionModel
-from utils.config import Parser
 from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
 from utils.errors import UserError, script
+from utils.flags import Parser
 from utils.log import info
 from utils.measure.runtimes import pytorch_run
 from utils.measure.timing import reference_convolution, time_interleaved

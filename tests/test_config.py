@@ -9,26 +9,17 @@ import time
 
 import pytest
 
-from utils.config import (
-    CompareConfig,
-    DetectConfig,
-    ExportConfig,
-    Hyp,
-    QuantizeConfig,
-    TrainConfig,
-    ValConfig,
-    hyp_from_dict,
-    load_hyp,
-    parse,
-    parse_given,
-)
+from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.flags import parse, parse_given
+from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.training.runs import _newest_last
 
 REQUIRED = {TrainConfig: [], ValConfig: ["--weights", "a.pt"], DetectConfig: ["--weights", "a.pt", "--source", "b"], CompareConfig: [],
-            ExportConfig: ["--weights", "a.pt"], QuantizeConfig: ["--weights", "a.pt", "--data", "b.yaml"]}
+            ExportConfig: ["--weights", "a.pt"], QuantizeConfig: ["--weights", "a.pt", "--data", "b.yaml"],
+            PruneConfig: ["--weights", "a.pt"]}
 CONFIGS = list(REQUIRED)
 FLAGS = [(cls, field) for cls in CONFIGS for field in dataclasses.fields(cls)]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from utils.boxes import Letterbox, centre_in
-from utils.config import Hyp
 from utils.data import augment
+from utils.hyp import Hyp
 
 STILL = Hyp(translate=0, scale=0, fliplr=0, mosaic=0, hsv_h=0, hsv_s=0, hsv_v=0)
 PAINT = (250, 30, 20)

@@ -12,7 +12,7 @@ import torch
 from tiny import data_yaml, make_split, picture_split
 
 from utils.boxes import cxcywh_to_xyxy
-from utils.config import Hyp, ValConfig
+from utils.config import ValConfig
 from utils.data import imagecache
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
@@ -21,6 +21,7 @@ from utils.data.loader import EpochBatches, make_loader
 from utils.data.open import open_splits, val_loader
 from utils.device import free_memory_bytes
 from utils.errors import UserError
+from utils.hyp import Hyp
 
 SIZES = [(64, 64), (96, 48), (48, 96), (80, 60), (33, 70), (128, 128), (64, 40)]
 EVERYTHING = Hyp(degrees=10, shear=3, perspective=0.0002, flipud=0.5, mixup=0.5, mosaic=0.7)

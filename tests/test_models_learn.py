@@ -9,7 +9,7 @@ import torch
 from models.spec import load_spec
 from models.yolo import DetectionModel, load_model
 from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.config import Hyp
+from utils.hyp import Hyp
 from utils.training.loss import DetectionLoss
 from utils.training.optim import build_optimizer
 

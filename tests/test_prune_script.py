@@ -30,10 +30,10 @@ from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_chec
 from utils.compress.importance import l1
 from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
 from utils.compress.report import save_pruned
-from utils.config import Hyp
 from utils.data.open import val_loader
 from utils.evaluate.validate import validate
 from utils.files import ROOT
+from utils.hyp import Hyp
 from utils.measure.runtimes import RUNTIMES
 from utils.training.loss import DetectionLoss
 

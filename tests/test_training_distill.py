@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import train
 from models.head import decode
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.config import Hyp, TrainConfig
+from utils.config import TrainConfig
 from utils.errors import UserError
+from utils.hyp import Hyp
 from utils.plots.training import plot_results
 from utils.training.distill import Distillation, divergence, output_loss
 from utils.training.features import Adapters, channelwise_divergence

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import train
 from utils.checkpoint import load_checkpoint
-from utils.config import Hyp, TrainConfig
+from utils.config import TrainConfig
 from utils.distributed import World, join_world
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.hyp import Hyp
 from utils.network import to_input
 from utils.training.distill import build_distillation
 from utils.training.fit import Training

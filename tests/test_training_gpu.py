@@ -13,11 +13,11 @@ from tiny import picture_split, tiny_model, train_flags
 import train
 import val
 from utils.checkpoint import load_checkpoint
-from utils.config import Hyp
 from utils.data.dataset import Batch, TrainDataset, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.loader import EpochBatches, make_loader
 from utils.device import autocast
+from utils.hyp import Hyp
 from utils.network import to_input
 from utils.training.ema import ModelEma
 from utils.training.loss import DetectionLoss

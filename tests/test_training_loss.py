@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import complete_box_iou_loss
 
 from utils.boxes import ciou, cxcywh_to_xyxy
-from utils.config import Hyp
+from utils.hyp import Hyp
 from utils.training.loss import DetectionLoss, box_of
 
 HYP = Hyp()

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from utils.config import Hyp
+from utils.hyp import Hyp
 from utils.training.ema import ModelEma
 from utils.training.optim import apply_step, build_optimizer
 from utils.training.schedule import StepSettings, decay, progress, settings, warmup_steps

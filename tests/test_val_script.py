@@ -18,7 +18,7 @@ import val
 from models.yolo import load_model
 from utils.boxes import xyxy_to_cxcywh
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.config import Hyp, ValConfig
+from utils.config import ValConfig
 from utils.data.open import open_splits, val_loader
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
@@ -26,6 +26,7 @@ from utils.evaluate.official import cocoeval
 from utils.evaluate.output import yolo_lines
 from utils.evaluate.tta import Augmented
 from utils.evaluate.validate import check_classes, truth_of, validate
+from utils.hyp import Hyp
 from utils.training.loss import DetectionLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

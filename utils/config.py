@@ -1,23 +1,11 @@
-"""The settings of each script: one field = one flag, one line of help, one check. No torch, so that --help answers at once."""
+"""The settings of each script."""
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
 
-from utils.errors import UserError
-from utils.files import ROOT, did_you_mean, find_file, read_yaml
+from utils.flags import NOT_NEGATIVE, POSITIVE, UNIT, Check, option
 
-Config = TypeVar("Config")
-Check = tuple[Callable[[Any], bool], str]
-
-POSITIVE: Check = (lambda v: v > 0, "must be above 0")
-NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be 0 or more")
-UNIT: Check = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
 PERIOD: Check = (lambda v: v > 0 or v == -1, "must be above 0, or -1 for never")
 BATCH: Check = (lambda v: v >= 1 or v == -1, "must be 1 or more, or -1 for the largest that fits in memory")
 NAME: Check = (lambda v: Path(v).name not in ("", ".."), "must be a folder's name")
@@ -31,11 +19,6 @@ SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "take
 DEFAULT_IMGSZ = 640
 _OWN_SIZE = f"the one that the weights were trained at, {DEFAULT_IMGSZ} where they don't say"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequence[str] = (), **argparse_args: Any) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": text, "check": check, "aliases": aliases, "argparse": argparse_args})
 
 
 @dataclass(frozen=True)
@@ -225,117 +208,3 @@ class PruneConfig(DataOptions, NewRun):
     seed: int = option(0, "seed of everything random", check=SEED)
     noplots: bool = option(False, "write no pictures")
     project: str = option("runs/prune", "folder of runs")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, with the nearest flags."""
-
-    def error(self, message: str) -> NoReturn:
-        name, _, words = message.partition(": ")
-        if name == "unrecognized arguments":
-            flag = words.split()[0].partition("=")[0]
-            message = f"unknown argument {flag}{did_you_mean(flag, self._option_string_actions)}"
-        raise UserError(f"{message} (--help lists all flags)")
-
-
-def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
-    """Command line -> checked settings.
-
-    Raises:
-        UserError: an unknown flag, or a value of another type or out of its range. SystemExit(0): --help.
-    """
-    return cls(**parse_given(cls, argv, description))
-
-
-def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
-    """Only the settings that the command line names, checked; raises as `parse`."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(cls):
-        flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
-        arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]
-        if f.default is False:
-            arguments["action"] = "store_true"
-        else:
-            arguments.setdefault("type", type(f.default))
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            arguments["help"] += f" (default: {shown})" if shown not in ("", None) else ""
-        parser.add_argument(*flags, **arguments)
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
-    for f in dataclasses.fields(cls):
-        if f.name in values:
-            _check(f, values[f.name], f"--{f.name.replace('_', '-')}")
-    return values
-
-
-def _check(f: dataclasses.Field, value: Any, place: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{place} {value}: must be a finite number")
-    check = f.metadata.get("check")
-    if check and not check[0](value):
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        raise UserError(f"{place} {shown}: {check[1]}")
-
-
-def hyper(default: float, text: str, check: Check) -> Any:
-    return field(default=default, metadata={"help": text, "check": check})
-
-
-@dataclass(frozen=True)
-class Hyp:
-    """Hyperparameters, by the names that YOLOv5's hyp files use."""
-
-    lr0: float = hyper(0.01, "first learning rate", POSITIVE)
-    lrf: float = hyper(0.01, "last learning rate as a share of lr0", UNIT)
-    momentum: float = hyper(0.937, "SGD momentum, Adam beta1", UNIT)
-    weight_decay: float = hyper(0.0005, "on weights only", NOT_NEGATIVE)
-    warmup_epochs: float = hyper(3.0, "epochs of warm-up, at least 100 steps", NOT_NEGATIVE)
-    warmup_momentum: float = hyper(0.8, "momentum at the first step", UNIT)
-    warmup_bias_lr: float = hyper(0.1, "bias learning rate at the first step", NOT_NEGATIVE)
-    box: float = hyper(0.05, "gain of the box loss", NOT_NEGATIVE)
-    cls: float = hyper(0.5, "gain of the class loss", NOT_NEGATIVE)
-    cls_pw: float = hyper(1.0, "positive weight of the class loss", POSITIVE)
-    obj: float = hyper(1.0, "gain of the objectness loss", NOT_NEGATIVE)
-    obj_pw: float = hyper(1.0, "positive weight of the objectness loss", POSITIVE)
-    anchor_t: float = hyper(4.0, "largest ratio of box to anchor side", (lambda v: v > 1, "must be above 1"))
-    hsv_h: float = hyper(0.015, "hue shift, share of the circle", UNIT)
-    hsv_s: float = hyper(0.7, "saturation change, share", UNIT)
-    hsv_v: float = hyper(0.4, "brightness change, share", UNIT)
-    degrees: float = hyper(0.0, "rotation, +/- degrees", (lambda v: 0 <= v <= 180, "must be between 0 and 180"))
-    translate: float = hyper(0.1, "shift, +/- share of the image", UNIT)
-    scale: float = hyper(0.5, "zoom, +/- share", (lambda v: 0 <= v < 1, "must be at least 0 and below 1"))
-    shear: float = hyper(0.0, "shear, +/- degrees", (lambda v: 0 <= v < 90, "must be at least 0 and below 90"))
-    perspective: float = hyper(0.0, "perspective, +/- share", (lambda v: 0 <= v <= 0.001, "must be between 0 and 0.001"))
-    flipud: float = hyper(0.0, "probability of an up-down flip", UNIT)
-    fliplr: float = hyper(0.5, "probability of a left-right flip", UNIT)
-    mosaic: float = hyper(1.0, "probability of a mosaic of four images", UNIT)
-    mixup: float = hyper(0.0, "probability of mixing two mosaics", UNIT)
-
-
-_NEUTRAL_HYPS = {"fl_gamma": 0.0, "copy_paste": 0.0}  # of YOLOv5's files: fine at the value that switches them off
-_UNUSED_HYPS = {"iou_t", "anchors"}  # in YOLOv5's files too, where nothing reads them in training
-
-
-def load_hyp(name: str) -> Hyp:
-    """A hyperparameter YAML; keys left out keep the defaults above.
-
-    Raises:
-        UserError: unknown key (nearest names given), not a number or out of range.
-    """
-    path = find_file(name, (ROOT / "data" / "hyps", ROOT / "data"), "hyperparameter YAML")
-    return hyp_from_dict(read_yaml(path), path.name)
-
-
-def hyp_from_dict(content: dict[str, Any], origin: str) -> Hyp:
-    fields = {f.name: f for f in dataclasses.fields(Hyp)}
-    values = {}
-    for key, value in content.items():
-        if key in _UNUSED_HYPS or (key in _NEUTRAL_HYPS and value == _NEUTRAL_HYPS[key]):
-            continue
-        if key not in fields:
-            hint = f"only {_NEUTRAL_HYPS[key]} is supported" if key in _NEUTRAL_HYPS else f"unknown key{did_you_mean(key, fields)}"
-            raise UserError(f"{origin}: {key}: {hint}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{origin}: {key}: must be a number, found {value!r}")
-        _check(fields[key], float(value), f"{origin}: {key}")
-        values[key] = float(value)
-    return Hyp(**values)

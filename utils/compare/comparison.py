@@ -13,7 +13,7 @@ from utils.compare.report import write_report
 from utils.compare.rows import Profile, Row
 from utils.compare.runs import Run, plan_runs, train
 from utils.compare.scores import Score, scored
-from utils.config import CompareConfig, load_hyp
+from utils.config import CompareConfig
 from utils.data.labels import Split
 from utils.data.open import open_splits, val_loader
 from utils.data.spec import load_data_spec
@@ -21,6 +21,7 @@ from utils.device import compute_dtype, machine, select_device
 from utils.errors import UserError, first_line
 from utils.evaluate.validate import ValResult, check_classes, validate
 from utils.files import ROOT, find_file
+from utils.hyp import load_hyp
 from utils.log import info, warn
 from utils.measure.runtimes import choose_runtimes
 from utils.plots.training import read_results

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from utils.checkpoint import load_checkpoint
 from utils.compare.entrants import Entrant
-from utils.config import CompareConfig, Hyp
+from utils.config import CompareConfig
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.hyp import Hyp
 
 _ENDLESS = 100_000  # epochs, where time is the limit
 _ANEW = ("device", "workers", "data_root")  # what may differ from sitting to sitting

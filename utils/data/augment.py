@@ -11,7 +11,7 @@ import numpy as np
 from numpy.random import Generator
 
 from utils.boxes import Letterbox, centre_in, clip_xyxy, scaled_to
-from utils.config import Hyp
+from utils.hyp import Hyp
 
 GREY = 114  # the padding that YOLO networks are trained with
 _MIN_SIDE_PX = 2  # a box that an augmentation leaves smaller is dropped,

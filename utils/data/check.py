@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.config import Parser
 from utils.data.images import ImageError, read_image
 from utils.data.labels import Split, load_split
 from utils.data.spec import SPLITS, DataSpec, load_data_spec
 from utils.errors import script
+from utils.flags import Parser
 from utils.log import info
 
 _BAR = 40  # characters of the longest bar

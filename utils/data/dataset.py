@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from utils.boxes import Letterbox, centre_in, cxcywh_to_xyxy, scaled_to, xyxy_to_cxcywh
-from utils.config import Hyp
 from utils.data import augment
 from utils.data.imagecache import ImageCache
 from utils.data.images import ImageError, read_image
 from utils.data.labels import Split
+from utils.hyp import Hyp
 from utils.log import warn
 
 Key = tuple[int, int]  # (epoch, index): all that a sample's randomness depends on, besides the seed

@@ -20,10 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from utils.config import Parser
 from utils.data.spec import DataSpec, Download, load_data_spec
 from utils.errors import UserError, script
 from utils.files import is_writable
+from utils.flags import Parser
 from utils.log import info
 
 _TIMEOUT_S = 30

@@ -16,10 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.config import Parser
 from utils.data.scenes import NAMES, SIZES, Scene, render
 from utils.errors import UserError, script
 from utils.files import atomic_write
+from utils.flags import Parser
 from utils.log import info
 
 _KIND = "light-yolo shapes"

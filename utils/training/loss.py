@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.boxes import ciou
-from utils.config import Hyp
+from utils.hyp import Hyp
 from utils.training.assign import Matches, assign
 
 _LEVEL_WEIGHTS = {3: (4.0, 1.0, 0.4)}  # finest first

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config import Hyp
 from utils.errors import UserError
+from utils.hyp import Hyp
 from utils.training.schedule import NOMINAL_BATCH, StepSettings, accumulation
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import Checkpoint, load_checkpoint
-from utils.config import Hyp, TrainConfig, hyp_from_dict, load_hyp
+from utils.config import TrainConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import ROOT, find_file, new_run_dir, write_yaml
+from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.log import info
 from utils.training.state import TrainState
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from utils.config import Hyp
+from utils.hyp import Hyp
 
 NOMINAL_BATCH = 64  # the batch that the learning rate is tuned for
 _MIN_WARMUP_STEPS = 100

@@ -1,0 +1,73 @@
+"""Settings as dataclasses: one field = one flag, one line of help, one check. No torch, so that --help answers at once."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from typing import Any, NoReturn, TypeVar
+
+from utils.errors import UserError
+from utils.files import did_you_mean
+
+Config = TypeVar("Config")
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda v: v > 0, "must be above 0")
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be 0 or more")
+UNIT: Check = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
+
+
+def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequence[str] = (), **argparse_args: Any) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": text, "check": check, "aliases": aliases, "argparse": argparse_args})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, with the nearest flags."""
+
+    def error(self, message: str) -> NoReturn:
+        name, _, words = message.partition(": ")
+        if name == "unrecognized arguments":
+            flag = words.split()[0].partition("=")[0]
+            message = f"unknown argument {flag}{did_you_mean(flag, self._option_string_actions)}"
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+    """Command line -> checked settings.
+
+    Raises:
+        UserError: an unknown flag, or a value of another type or out of its range. SystemExit(0): --help.
+    """
+    return cls(**parse_given(cls, argv, description))
+
+
+def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+    """Only the settings that the command line names, checked; raises as `parse`."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(cls):
+        flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
+        arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]
+        if f.default is False:
+            arguments["action"] = "store_true"
+        else:
+            arguments.setdefault("type", type(f.default))
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            arguments["help"] += f" (default: {shown})" if shown not in ("", None) else ""
+        parser.add_argument(*flags, **arguments)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            check_value(f, values[f.name], f"--{f.name.replace('_', '-')}")
+    return values
+
+
+def check_value(f: dataclasses.Field, value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{place} {value}: must be a finite number")
+    check = f.metadata.get("check")
+    if check and not check[0](value):
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise UserError(f"{place} {shown}: {check[1]}")
