@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
 from utils.compress.trace import trace_channels
-from utils.measure.runtimes import pytorch_run
+from utils.measure.runtimes import Run, pytorch_run
 from utils.measure.timing import time_interleaved
 
 _ROUNDS = 6
@@ -36,16 +37,20 @@ def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray
     widths = {name.removeprefix(_ROWS): sizes for name, sizes in graph.widths(model, keep, before).items()}
     left = DetectionModel(dataclasses.replace(model.spec, widths=widths), model.names)
     left.load_state_dict(graph.cut(model.state_dict(), keep))
-    return left.to(next(model.parameters()).device).eval()
+    return left.to(next(model.parameters()).device, memory_format=torch.channels_last).eval()
 
 
 def latency_share(model: DetectionModel, graph: ChannelGraph, imgsz: int) -> Callable[[np.ndarray], float]:
     """A choice's latency, batch 1, eager fp32, as a share of the whole network's, which is timed beside it each time."""
     images = torch.full((1, 3, imgsz, imgsz), 0.5, device=next(model.parameters()).device)
 
+    def run_of(network: DetectionModel) -> Run:
+        return pytorch_run(network.fused().to(memory_format=torch.channels_last), images, torch.float32)
+
+    whole = functools.cache(lambda: run_of(model))  # fused once, and only where latency is asked for
+
     def cost(keep: np.ndarray) -> float:
-        networks = {"whole": model, "left": remove_channels(model, graph, keep)}
-        runs = {name: pytorch_run(network.fused().to(memory_format=torch.channels_last), images, torch.float32) for name, network in networks.items()}
+        runs = {"whole": whole(), "left": run_of(remove_channels(model, graph, keep))}
         latencies = time_interleaved(runs, _ROUNDS, title="latency").latencies
         return latencies["left"].p50_ms / latencies["whole"].p50_ms
 

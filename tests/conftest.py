@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import train_flags
 
 from utils.extras import forbid_telemetry
 
@@ -25,6 +26,18 @@ def shared() -> Path:
 def _no_waiting_threads() -> None:
     """The tests' networks are so small that threads wait for each other longer than they compute."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder for all tests of a file."""
+    return tmp_path_factory.mktemp(request.module.__name__)
+
+
+@pytest.fixture(scope="module")
+def flags(place: Path) -> list[str]:
+    """Of a training that takes a fraction of a second an epoch, on a data set in `place`."""
+    return train_flags(place)
 
 
 @pytest.fixture

@@ -28,16 +28,6 @@ SCRIPT = [sys.executable, str(ROOT / "train.py")]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("script")
-
-
-@pytest.fixture(scope="module")
-def flags(place: Path) -> list[str]:
-    return train_flags(place)
-
-
 def run(flags: list[str], *extra: str, name: str = "exp") -> Path:
     """The folder of a run that must end well."""
     assert train.main([*flags, "--name", name, *extra]) == 0

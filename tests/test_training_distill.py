@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training_fit import assert_equal_runs, interrupt_at
-from tiny import ANCHORS, NAMES, tiny_model, train_flags
+from tiny import ANCHORS, NAMES, tiny_model
 from torch import Tensor, nn
 
 import train
@@ -359,16 +359,6 @@ def test_learns_of_a_teacher_alone(tmp_path: Path) -> None:
 
 
 # whole trainings
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("distill")
-
-
-@pytest.fixture(scope="module")
-def flags(place: Path) -> list[str]:
-    return train_flags(place)
 
 
 def save(network: nn.Module, path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import model_yaml, tiny_model, train_flags
+from tiny import model_yaml, tiny_model
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -32,16 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EPOCHS = 4
 BATCHES = 2  # an epoch
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fit")
-
-
-@pytest.fixture(scope="module")
-def flags(place: Path) -> list[str]:
-    return train_flags(place)
 
 
 @pytest.fixture(scope="module")

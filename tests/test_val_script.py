@@ -35,11 +35,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("val")
-
-
-@pytest.fixture(scope="module")
 def weights(place: Path) -> Path:
     model = tiny_model(place)
     with torch.no_grad():

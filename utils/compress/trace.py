@@ -7,7 +7,7 @@ libraries' backbones are followed as far as they are made of such operations.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from utils.compress.calls import Call, along_channels, arguments, replaced, same_lines, tensors_of
 
 KEPT = 0  # the number that can't be removed
 _NORM_WORK = 4  # multiply-accumulates of a value, as thop counts them
@@ -51,22 +53,18 @@ class Trace(NamedTuple):
     kept_whole: dict[str, str]  # module -> the operation that keeps its channels whole
 
 
-def trace_channels(model: nn.Module, images: Tensor, fixed: Sequence[str] = ()) -> Trace:
-    """Follow the channels of a network in eval mode for some images (B, 3, H, W); the smaller, the faster.
-
-    Args:
-        fixed: names of modules whose channels stay as they are.
-    """
-    tracer = _Tracer(model, fixed)
+def trace_channels(model: nn.Module, images: Tensor) -> Trace:
+    """Follow the channels of a network in eval mode for some images (B, 3, H, W); the smaller, the faster."""
+    tracer = _Tracer(model)
     with torch.no_grad():
         tracer.run(images)
     return tracer.result()
 
 
 class _Tracer(TorchFunctionMode):
-    def __init__(self, model: nn.Module, fixed: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.fixed = model, fixed
+        self.model = model
         self.keys = {id(tensor): key for key, tensor in [*model.named_parameters(), *model.named_buffers()]}
         self.numbered: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the tensor is kept so that its id stays its own. Numbers of its own shape
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
@@ -78,7 +76,6 @@ class _Tracer(TorchFunctionMode):
         self.kept_whole: dict[str, str] = {}
         self.inside: list[str] = []  # names of the modules that are running
         self.rearranging = 0  # how many of them say how they rearrange channels
-        self.frozen = 0  # how many of them are fixed
 
     def run(self, images: Tensor) -> None:
         with ExitStack() as hooks:
@@ -88,7 +85,7 @@ class _Tracer(TorchFunctionMode):
             self._give(images, torch.zeros(1, dtype=torch.int64).expand(images.shape))
             with self:
                 outputs = self.model(images)
-            for output in _tensors(outputs):
+            for output in tensors_of(outputs):
                 self._keep(self._numbers(output))
 
     def result(self) -> Trace:
@@ -102,44 +99,42 @@ class _Tracer(TorchFunctionMode):
         self.inside.append(name)
         if hasattr(module, "narrowed"):
             self.rearranging += 1
-            own = tuple(self._channels(x) for x in _tensors(inputs))
+            own = tuple(self._channels(x) for x in tensors_of(inputs))
             self.ties += zip(own, self.moves.setdefault(name, own), strict=True)  # as it may run twice
-        self.frozen += name in self.fixed
 
     def _leave(self, module: nn.Module) -> None:
-        name = self.inside.pop()
+        self.inside.pop()
         self.rearranging -= hasattr(module, "narrowed")
-        self.frozen -= name in self.fixed
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        given = [x for x in _tensors((args, kwargs)) if id(x) in self.numbered]
-        made = list(_tensors(result))
+        given = [x for x in tensors_of((args, kwargs)) if id(x) in self.numbered]
+        made = list(tensors_of(result))
         if given and made and name not in _GETTERS:
-            rule = _RULES.get(name, _Tracer._unknown) if not self.frozen else _Tracer._unknown
-            rule(self, _Call(func, name, args, kwargs, given, made))
+            rule = _RULES.get(name, _Tracer._unknown)
+            rule(self, Call(func, name, args, kwargs, given, made))
         return result
 
     # Rules: what a call does to numbers.
 
-    def _one_by_one(self, call: _Call) -> None:
+    def _one_by_one(self, call: Call) -> None:
         self._give(call.made[0], self._numbers(call.given[0]))
 
-    def _in_each_channel(self, call: _Call) -> None:
+    def _in_each_channel(self, call: Call) -> None:
         x, y = call.given[0], call.made[0]
         if x.dim() != 4 or y.shape[:2] != x.shape[:2]:
             return self._unknown(call)
-        self._give(y, _along(torch.from_numpy(self._channels(x)), y))
+        self._give(y, along_channels(torch.from_numpy(self._channels(x)), y))
 
-    def _mean(self, call: _Call) -> None:
+    def _mean(self, call: Call) -> None:
         dims = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
         spatial = call.given[0].dim() == 4 and isinstance(dims, list | tuple) and set(dims) <= {2, 3, -1, -2} and call.made[0].dim() == 4
         return self._in_each_channel(call) if spatial else self._unknown(call)
 
-    def _join(self, call: _Call) -> None:
-        others = [x for x in _tensors((call.args, call.kwargs)) if id(x) not in self.numbered and x.numel() > 1]
+    def _join(self, call: Call) -> None:
+        others = [x for x in tensors_of((call.args, call.kwargs)) if id(x) not in self.numbered and x.numel() > 1]
         if others:  # such as a learned scale for each channel
             return self._unknown(call)
         first = self._numbers(call.given[0]).expand(call.made[0].shape)
@@ -147,27 +142,27 @@ class _Tracer(TorchFunctionMode):
             self._tie(first, self._numbers(other).expand(call.made[0].shape))
         self._give(call.made[0], first)
 
-    def _move(self, call: _Call) -> None:
+    def _move(self, call: Call) -> None:
         def numbers_of(x: Tensor) -> Tensor:
             return self._numbers(x) if x.is_floating_point() else x  # whole numbers are places
 
-        numbers = call.func(*_replaced(call.args, numbers_of), **_replaced(call.kwargs, numbers_of))
-        if call.name in _MOVES_BY_NUMBERS and not self.rearranging and not _whole(self._numbers(call.given[0]), list(_tensors(numbers))):
+        numbers = call.func(*replaced(call.args, numbers_of), **replaced(call.kwargs, numbers_of))
+        if call.name in _MOVES_BY_NUMBERS and not self.rearranging and not same_lines(self._numbers(call.given[0]), list(tensors_of(numbers))):
             return self._unknown(call)
-        for made, own in zip(call.made, _tensors(numbers), strict=True):
+        for made, own in zip(call.made, tensors_of(numbers), strict=True):
             self._give(made, own)
 
-    def _convolve(self, call: _Call) -> None:
-        x, weight, bias, _, _, _, groups = _bound(call, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), (None,) * 4 + (1,))
+    def _convolve(self, call: Call) -> None:
+        x, weight, bias, _, _, _, groups = arguments(call, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), (None,) * 4 + (1,))
         self._multiply(call.made[0], x, weight, bias, groups, 0)
 
-    def _convolve_transposed(self, call: _Call) -> None:
+    def _convolve_transposed(self, call: Call) -> None:
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-        x, weight, bias, *_, groups, _ = _bound(call, names, (None,) * 4 + (1, None))
+        x, weight, bias, *_, groups, _ = arguments(call, names, (None,) * 4 + (1, None))
         self._multiply(call.made[0], x, weight, bias, groups, 1)
 
-    def _linear(self, call: _Call) -> None:
-        x, weight, bias = _bound(call, ("input", "weight", "bias"), (None,))
+    def _linear(self, call: Call) -> None:
+        x, weight, bias = arguments(call, ("input", "weight", "bias"), (None,))
         y, key = call.made[0], self.keys.get(id(weight))
         ins = self._along_last(x)
         if key is None or key in self.uses or ins is None:
@@ -180,22 +175,22 @@ class _Tracer(TorchFunctionMode):
             self.each.append((outs, y[..., 0].numel()))
         self._give(y, torch.from_numpy(outs).expand(y.shape))
 
-    def _normalise(self, call: _Call) -> None:
+    def _normalise(self, call: Call) -> None:
         x = call.given[0]
         channels = self._channels(x)
-        for tensor in _tensors((call.args[1:], call.kwargs)):
+        for tensor in tensors_of((call.args[1:], call.kwargs)):
             if tensor is not x:
                 self._use(tensor, (channels,))
         self.each.append((channels, _NORM_WORK * x[:, 0].numel()))
         self._give(call.made[0], self._numbers(x))
 
-    def _unknown(self, call: _Call) -> None:
+    def _unknown(self, call: Call) -> None:
         """All that goes in is kept whole, and all that comes out."""
         if any(bool((self._numbers(x) != KEPT).any()) for x in call.given):
             self.kept_whole.setdefault(self.inside[-1] if self.inside else "", call.name)
         for x in call.given:
             self._keep(self._numbers(x))
-        for tensor in _tensors((call.args, call.kwargs)):
+        for tensor in tensors_of((call.args, call.kwargs)):
             if key := self.keys.get(id(tensor)):
                 for numbers in self.uses.get(key, ()):  # used in another way elsewhere
                     if numbers is not None:
@@ -210,7 +205,7 @@ class _Tracer(TorchFunctionMode):
         """A convolution whose weight has its output channels along `out_dim` and its input channels along the other of the first two."""
         key, ins = self.keys.get(id(weight)), self._channels(x)
         if key is None or key in self.uses:  # worked out from others, or used twice
-            return self._unknown(_Call(None, "a shared weight" if key else "a computed weight", (x, weight, bias), {}, [x], [y]))
+            return self._unknown(Call(None, "a shared weight" if key else "a computed weight", (x, weight, bias), {}, [x], [y]))
         per_group, many = len(ins) // groups, y.shape[1] // groups
         if groups > 1 and per_group == 1:  # depthwise: an output channel is its input's
             outs = ins.repeat(many)
@@ -228,7 +223,7 @@ class _Tracer(TorchFunctionMode):
         self.layers.append(Layer(key, ins, outs, groups, positions * weight[0, 0].numel(), out_dim))
         if bias is not None:
             self.each.append((outs, y[:, 0].numel()))
-        self._give(y, _along(torch.from_numpy(outs), y))
+        self._give(y, along_channels(torch.from_numpy(outs), y))
 
     def _give(self, tensor: Tensor, numbers: Tensor) -> None:
         self.numbered[id(tensor)] = tensor, numbers
@@ -272,18 +267,7 @@ class _Tracer(TorchFunctionMode):
         self.ties.append((values, np.full_like(values, KEPT)))
 
 
-class _Call(NamedTuple):
-    """A call of a function of PyTorch in which channels are involved."""
-
-    func: Any
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    given: list[Tensor]  # tensors with numbers
-    made: list[Tensor]
-
-
-_RULES: dict[str, Callable[[_Tracer, _Call], None]] = {
+_RULES: dict[str, Callable[[_Tracer, Call], None]] = {
     **dict.fromkeys(_ONE_BY_ONE, _Tracer._one_by_one),
     **dict.fromkeys(_IN_EACH_CHANNEL, _Tracer._in_each_channel),
     **dict.fromkeys(_JOINS, _Tracer._join),
@@ -295,47 +279,6 @@ _RULES: dict[str, Callable[[_Tracer, _Call], None]] = {
     "batch_norm": _Tracer._normalise,
     "instance_norm": _Tracer._normalise,
 }
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-
-
-def _replaced(tree: Any, numbers: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return numbers(tree)
-    if isinstance(tree, dict):
-        return {key: _replaced(value, numbers) for key, value in tree.items()}
-    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
-        return type(tree)(_replaced(value, numbers) for value in tree)
-    return tree
-
-
-def _bound(call: _Call, names: Sequence[str], defaults: Sequence[Any]) -> tuple[Any, ...]:
-    """The call's arguments in the order of `names`; the last ones have defaults."""
-    values = dict(zip(names[-len(defaults) :], defaults, strict=True)) | dict(zip(names, call.args, strict=False)) | call.kwargs
-    return tuple(values[name] for name in names)
-
-
-def _along(channels: Tensor, like: Tensor) -> Tensor:
-    """(C,) -> the shape of `like` (B, C, …)."""
-    return channels.view(1, -1, *[1] * (like.dim() - 2)).expand(like.shape)
-
-
-def _whole(numbers: Tensor, made: list[Tensor]) -> bool:
-    """Whether the channels (dimension 1, or the last of tokens) are one dimension of each result, all there and in order."""
-    def lines(tensor: Tensor) -> list[Tensor]:
-        return [tensor.movedim(dim, 0).flatten(1)[:, 0] for dim in range(tensor.dim()) if tensor.numel()]
-
-    before = [line for line in lines(numbers) if len(line) > 1 and bool((line != line[0]).any())]
-    return not before or any(all(any(torch.equal(line, other) for other in lines(own)) for own in made) for line in before)
 
 
 def _representatives(count: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
