@@ -24,9 +24,21 @@ class UserError(Exception):
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 3 // 4]} … {line[-_LONGEST // 4 :]}"
 
 
+def error_lines(error: BaseException) -> list[str]:
+    """What another's error says, line by line; its kind where it says nothing."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def first_line(error: BaseException) -> str:
     """Another's error in one line: its kind and the first line that it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    kind, line = type(error).__name__, error_lines(error)[0]
+    return line if line == kind else f"{kind}: {line}"
+
+
+def short_reason(error: BaseException, longest: int = 300) -> str:
+    """All that another's error says on one line of at most so many characters."""
+    line = " ".join(" ".join(error_lines(error)).split())
+    return line if len(line) <= longest else f"{line[: longest - 2]} …"
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:

@@ -10,11 +10,10 @@ from typing import NamedTuple, Protocol
 from utils.compress.calibration import CalibrationImages
 from utils.compress.onnx_int8 import OnnxQuantizer
 from utils.compress.openvino_int8 import OpenvinoQuantizer
-from utils.errors import UserError
+from utils.errors import UserError, short_reason
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob, Format
 from utils.export.metadata import ExportMetadata
-from utils.export.sessions import short_reason
 from utils.files import atomic_folder, atomic_write
 from utils.log import info
 from utils.network import Network

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, short_reason
 from utils.export.metadata import foreign_facts, metadata_from_props
-from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.files import ROOT, find_file, read_yaml
 from utils.network import images_at_once
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, short_reason
 from utils.export.backends import open_network
 from utils.export.check import TOLERANCES, Agreement, check_batches, compare
 from utils.export.formats import ExportJob, Format
-from utils.export.sessions import short_reason
 from utils.files import atomic_folder, atomic_write, size_bytes
 from utils.log import info
 from utils.network import Network
