@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.errors import error_lines, first_line, short_reason
+from utils.errors import UserError, error_lines, first_line, foreign_errors, short_reason
 
 
 @pytest.mark.parametrize(("error", "lines", "first", "reason"), [
@@ -18,3 +18,18 @@ def test_a_long_reason_is_cut():
     """A word that is longer than the line leaves its start to be read."""
     assert short_reason(ValueError("abc " * 99), 12) == "abc abc ab …"
     assert short_reason(ValueError("x" * 99), 5) == "xxx …" and short_reason(ValueError("x" * 5), 5) == "xxxxx"
+
+
+def test_foreign_errors():
+    with pytest.raises(UserError, match="^it fails: a b$"), foreign_errors("it fails"):
+        raise TypeError("a\nb")
+
+
+@pytest.mark.parametrize("error", [
+    UserError("ours"), OSError(28, "No space left on device"), MemoryError(), RuntimeError("CUDA out of memory. Tried"), KeyboardInterrupt(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+])  # fmt: skip
+def test_no_fault_of_theirs(error):
+    with pytest.raises(type(error)) as raised, foreign_errors("it fails"):
+        raise error
+    assert raised.value is error

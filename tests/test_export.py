@@ -334,6 +334,19 @@ def test_a_full_disk_is_the_users_line(tiny, tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_the_converter_is_blamed(tiny, tmp_path: Path, monkeypatch):
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(production, "compare", bug)
+    with pytest.raises(ZeroDivisionError):
+        produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", check_images()[:1], tiny, CPU)
+    monkeypatch.setattr("utils.export.formats.to_onnx", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [], tiny, CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_formats_by_name():
     assert choose_formats(["openvino", "onnx", "openvino"]) == [FORMATS["openvino"], FORMATS["onnx"]]
     with pytest.raises(UserError, match=r"--include onx: no such format; did you mean onnx.*there are onnx, openvino"):

@@ -5,7 +5,8 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
@@ -39,6 +40,23 @@ def short_reason(error: BaseException, longest: int = 300) -> str:
     """All that another's error says on one line of at most so many characters."""
     line = " ".join(" ".join(error_lines(error)).split())
     return line if len(line) <= longest else f"{line[: longest - 2]} …"
+
+
+@contextmanager
+def foreign_errors(what: str) -> Iterator[None]:
+    """Around others' code, which fails in any way: as `what: reason`. A full disk and a lack of memory are nothing that the code could help.
+
+    Raises:
+        UserError: it fails.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {short_reason(error)}") from error
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
