@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +35,27 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
     Raises:
         RuntimeError: neither exporter knows what the network does.
     """
-    images = images.contiguous()
-    names = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
-    with quiet(), _plain_attention():
+    def export(**how: Any) -> Exception | None:
+        """What went wrong: of an exporter an error of any kind."""
         try:
-            axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
-            torch.onnx.export(network, (images,), str(path), **names, dynamic_axes=axes, dynamo=False)
-        except Exception as older:
-            if not is_installed("onnxscript"):
-                raise RuntimeError(f"{error_lines(older)[0]} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
-            try:
-                shapes = (dict.fromkeys(_FREE, torch.export.Dim.AUTO),) if dynamic else None
-                torch.onnx.export(network, (images,), str(path), **names, dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False)
-            except Exception as newer:
-                raise RuntimeError(f"PyTorch's two exporters fail: {error_lines(older)[0]}; {error_lines(newer.__cause__ or newer)[0]}") from newer
+            torch.onnx.export(network, (images.contiguous(),), str(path), input_names=[INPUT], output_names=[OUTPUT], opset_version=opset, **how)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    with quiet(), _plain_attention():
+        axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
+        older = export(dynamic_axes=axes, dynamo=False)
+        if older is None:
+            return
+        if not is_installed("onnxscript"):
+            raise RuntimeError(f"{error_lines(older)[0]} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
+        shapes = (dict.fromkeys(_FREE, torch.export.Dim.AUTO),) if dynamic else None
+        newer = export(dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False)
+        if newer:
+            raise RuntimeError(f"PyTorch's two exporters fail: {error_lines(older)[0]}; {error_lines(newer.__cause__ or newer)[0]}") from newer
 
 
 def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) -> openvino.Model:
