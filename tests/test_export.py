@@ -170,7 +170,7 @@ def test_other_programs_read_names_and_stride():
 
 @pytest.mark.parametrize("props", [
     {}, {"names": "", "stride": ""}, {"names": "__import__('os').getcwd()", "stride": "(1"}, {"names": "{0: 'a', 2: 'b'}", "stride": "-1"},
-    {"names": "[1, 2]", "stride": "[8, 16]"}, {"names": "(" * 9999, "stride": "True"},
+    {"names": "[1, 2]", "stride": "[8, 16]"}, {"stride": "2048"}, {"names": "(" * 9999, "stride": "True"},
 ])  # fmt: skip
 def test_facts_that_are_none(props):
     assert foreign_facts(props) == ((), None)
@@ -186,12 +186,17 @@ def altered(**fields: object) -> str:
     ("[" * 99999, "can't be read"), (altered(format="other"), "can't be read"), (altered(version="1"), "can't be read"),
     (altered(version=2), "newer.*up to 1: update"),
     (altered(names=[]), "names"), (altered(names=[1]), "names"), (altered(strides=[8, -1], imgsz=[64]), "strides and imgsz"),
-    (altered(imgsz=[64, 9e9]), "imgsz"), (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
-    (altered(anchors=[[1, float("nan")]]), "anchors"), (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
+    (altered(strides=[8, 2048]), "strides"), (altered(imgsz=[64, 9e9]), "imgsz"), (altered(imgsz=[64, 16416]), "imgsz"), (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
+    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"), (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
 ])  # fmt: skip
 def test_damaged_metadata(text: str, words: str):
     with pytest.raises(UserError, match=f"^a.onnx: .*{words}"):
         metadata_from_props({KEY: text}, "a.onnx")
+
+
+def test_metadata_of_the_first_files():
+    """Before int8 there were no layers to name."""
+    assert metadata_from_props({KEY: altered(float_layers="gone")}, "a") == META
 
 
 def test_no_metadata_is_no_error():
