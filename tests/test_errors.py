@@ -21,7 +21,7 @@ def test_a_long_reason_is_cut():
 
 
 def test_foreign_errors():
-    with pytest.raises(UserError, match="^it fails: a b$"), foreign_errors("it fails"):
+    with pytest.raises(UserError, match=r"^it fails: a b$"), foreign_errors("it fails"):
         raise TypeError("a\nb")
 
 
