@@ -186,8 +186,10 @@ def altered(**fields: object) -> str:
     ("[" * 99999, "can't be read"), (altered(format="other"), "can't be read"), (altered(version="1"), "can't be read"),
     (altered(version=2), "newer.*up to 1: update"),
     (altered(names=[]), "names"), (altered(names=[1]), "names"), (altered(strides=[8, -1], imgsz=[64]), "strides and imgsz"),
-    (altered(strides=[8, 2048]), "strides"), (altered(imgsz=[64, 9e9]), "imgsz"), (altered(imgsz=[64, 16416]), "imgsz"), (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
-    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"), (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
+    (altered(strides=[8, 2048]), "strides"), (altered(imgsz=[64, 9e9]), "imgsz"), (altered(imgsz=[64, 16416]), "imgsz"),
+    (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
+    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"),
+    (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
 ])  # fmt: skip
 def test_damaged_metadata(text: str, words: str):
     with pytest.raises(UserError, match=f"^a.onnx: .*{words}"):
@@ -274,6 +276,24 @@ def test_images_of_the_check(tmp_path: Path):
     assert len(free) == 2 + 8 and len({b.shape for b in free[2:]}) > 1
     own = check_images(str(data_yaml(tmp_path, val=3)))
     assert len(own) == 3 and {max(image.shape) for image in own} == {64}
+
+
+def test_damaged_images_are_left_out_of_the_check(tmp_path: Path, capsys):
+    """Their ends are whole, which is what the scan of a data set looks at."""
+    data = data_yaml(tmp_path, val=3)
+    paths = sorted((tmp_path / "images" / "val").iterdir())
+
+    def damage(path: Path) -> None:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:99] + bytes(len(whole) - 198) + whole[-99:])
+
+    damage(paths[1])
+    assert len(check_images(str(data))) == 2
+    assert f"{paths[1]}: " in (said := capsys.readouterr().err) and "left out of the check" in said
+    for path in paths[::2]:
+        damage(path)
+    with pytest.raises(UserError, match=r"tiny_data\.yaml: none of 3 images of its val split can be read"):
+        check_images(str(data))
 
 
 # --- from the network to its place ---------------------------------------------------------------------------------------------------------
