@@ -170,7 +170,7 @@ def test_other_programs_read_names_and_stride():
 
 @pytest.mark.parametrize("props", [
     {}, {"names": "", "stride": ""}, {"names": "__import__('os').getcwd()", "stride": "(1"}, {"names": "{0: 'a', 2: 'b'}", "stride": "-1"},
-    {"names": "[1, 2]", "stride": "[8, 16]"}, {"names": "(" * 9999, "stride": "True"},
+    {"names": "[1, 2]", "stride": "[8, 16]"}, {"stride": "2048"}, {"names": "(" * 9999, "stride": "True"},
 ])  # fmt: skip
 def test_facts_that_are_none(props):
     assert foreign_facts(props) == ((), None)
@@ -186,12 +186,19 @@ def altered(**fields: object) -> str:
     ("[" * 99999, "can't be read"), (altered(format="other"), "can't be read"), (altered(version="1"), "can't be read"),
     (altered(version=2), "newer.*up to 1: update"),
     (altered(names=[]), "names"), (altered(names=[1]), "names"), (altered(strides=[8, -1], imgsz=[64]), "strides and imgsz"),
-    (altered(imgsz=[64, 9e9]), "imgsz"), (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
-    (altered(anchors=[[1, float("nan")]]), "anchors"), (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
+    (altered(strides=[8, 2048]), "strides"), (altered(imgsz=[64, 9e9]), "imgsz"), (altered(imgsz=[64, 16416]), "imgsz"),
+    (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
+    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"),
+    (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
 ])  # fmt: skip
 def test_damaged_metadata(text: str, words: str):
     with pytest.raises(UserError, match=f"^a.onnx: .*{words}"):
         metadata_from_props({KEY: text}, "a.onnx")
+
+
+def test_metadata_of_the_first_files():
+    """Before int8 there were no layers to name."""
+    assert metadata_from_props({KEY: altered(float_layers="gone")}, "a") == META
 
 
 def test_no_metadata_is_no_error():
@@ -271,6 +278,24 @@ def test_images_of_the_check(tmp_path: Path):
     assert len(own) == 3 and {max(image.shape) for image in own} == {64}
 
 
+def test_damaged_images_are_left_out_of_the_check(tmp_path: Path, capsys):
+    """Their ends are whole, which is what the scan of a data set looks at."""
+    data = data_yaml(tmp_path, val=3)
+    paths = sorted((tmp_path / "images" / "val").iterdir())
+
+    def damage(path: Path) -> None:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:99] + bytes(len(whole) - 198) + whole[-99:])
+
+    damage(paths[1])
+    assert len(check_images(str(data))) == 2
+    assert f"{paths[1]}: " in (said := capsys.readouterr().err) and "left out of the check" in said
+    for path in paths[::2]:
+        damage(path)
+    with pytest.raises(UserError, match=r"tiny_data\.yaml: none of 3 images of its val split can be read"):
+        check_images(str(data))
+
+
 # --- from the network to its place ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +355,19 @@ def test_a_full_disk_is_the_users_line(tiny, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(production, "open_network", full)
     with pytest.raises(OSError, match="No space"):
+        produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [], tiny, CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_converter_is_blamed(tiny, tmp_path: Path, monkeypatch):
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(production, "compare", bug)
+    with pytest.raises(ZeroDivisionError):
+        produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", check_images()[:1], tiny, CPU)
+    monkeypatch.setattr("utils.export.formats.to_onnx", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
         produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [], tiny, CPU)
     assert list(tmp_path.iterdir()) == []
 

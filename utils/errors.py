@@ -5,7 +5,8 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
@@ -24,9 +25,38 @@ class UserError(Exception):
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 3 // 4]} … {line[-_LONGEST // 4 :]}"
 
 
+def error_lines(error: BaseException) -> list[str]:
+    """What another's error says, line by line; its kind where it says nothing."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def first_line(error: BaseException) -> str:
     """Another's error in one line: its kind and the first line that it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    kind, line = type(error).__name__, error_lines(error)[0]
+    return line if line == kind else f"{kind}: {line}"
+
+
+def short_reason(error: BaseException, longest: int = 300) -> str:
+    """All that another's error says on one line of at most so many characters."""
+    line = " ".join(" ".join(error_lines(error)).split())
+    return line if len(line) <= longest else f"{line[: longest - 2]} …"
+
+
+@contextmanager
+def foreign_errors(what: str) -> Iterator[None]:
+    """Around others' code, which fails in any way: as `what: reason`. A full disk and a lack of memory are nothing that the code could help.
+
+    Raises:
+        UserError: it fails.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {short_reason(error)}") from error
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:

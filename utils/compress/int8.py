@@ -10,11 +10,10 @@ from typing import NamedTuple, Protocol
 from utils.compress.calibration import CalibrationImages
 from utils.compress.onnx_int8 import OnnxQuantizer
 from utils.compress.openvino_int8 import OpenvinoQuantizer
-from utils.errors import UserError
+from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob, Format
 from utils.export.metadata import ExportMetadata
-from utils.export.sessions import short_reason
 from utils.files import atomic_folder, atomic_write
 from utils.log import info
 from utils.network import Network
@@ -117,13 +116,9 @@ class Int8Files:
         """
         self.kind, self._folder, self._metadata = kind, folder, job.metadata
         self.float_path = self._new("float")
-        try:
+        with foreign_errors(f"{kind.name}: this network can't be converted"):
             kind.write(job, self.float_path)
             self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder)
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # of a converter: of any kind
-            raise UserError(f"{kind.name}: this network can't be converted: {short_reason(error)}") from error
         self.path_of: dict[tuple[str, ...], Path] = {}  # by the layers that stay float
 
     @property
@@ -137,12 +132,8 @@ class Int8Files:
             UserError: the network can't be quantized.
         """
         path = self._new(f"int8-{len(kept)}")
-        try:
+        with foreign_errors(f"{self.kind.name}: this network can't be quantized"):
             self._quantizer.write(path, dataclasses.replace(self._metadata, precision="int8", float_layers=kept))
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # of a quantizer: of any kind
-            raise UserError(f"{self.kind.name}: this network can't be quantized: {short_reason(error)}") from error
         self.path_of[kept] = path
         return path
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
-from utils.export.metadata import foreign_facts, metadata_from_props
-from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.errors import UserError, short_reason
+from utils.export.metadata import KEY, foreign_facts, metadata_from_props
+from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.files import ROOT, find_file, read_yaml
 from utils.network import images_at_once
 
@@ -104,26 +104,26 @@ class ExportedNetwork:
 
 
 def open_network(
-    path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
+    path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, at_once: int | None = None
 ) -> ExportedNetwork:
-    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU, on PyTorch's threads.
 
     Args:
         bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime computes in what the file holds.
         names: gives the classes of a file that tells none.
-        threads: PyTorch's number where None.
         at_once: callers that will run images side by side; as many as `inference_threads` starts where None.
 
     Raises:
         UserError: no such file, its runtime is not installed, or it is no whole detector.
     """
     found = find_exported(path)
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads()
     at_once = min(at_once or images_at_once(_CPU), threads)
     if found.suffix == ".onnx":
         return ExportedNetwork(found, OnnxSession(found, threads, at_once), names)
     session = OpenvinoSession(found, threads, at_once, bf16)
-    session.props = _beside(found) | session.props
+    if KEY not in session.props:
+        session.props = _beside(found) | session.props
     return ExportedNetwork(found, session, names)
 
 

@@ -13,11 +13,12 @@ from torchvision.ops import box_iou
 
 from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from utils.data.augment import letterbox
-from utils.data.images import read_image
+from utils.data.images import ImageError, read_image
 from utils.data.labels import load_split
 from utils.data.scenes import render
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
+from utils.log import warn
 from utils.network import Network, infer
 from utils.nms import NmsOptions, non_max_suppression
 
@@ -67,12 +68,24 @@ class Agreement:
 
 
 def check_images(data: str = "", data_root: str = "") -> list[np.ndarray]:
-    """A few images (H, W, 3) uint8 BGR, evenly from the val split of a data YAML where one is named, else generated."""
+    """A few images (H, W, 3) uint8 BGR, evenly from the val split of a data YAML where one is named, else generated.
+
+    Raises:
+        UserError: no such data, or none of its images can be read.
+    """
     if not data:
         return [render(seed).image for seed in range(_IMAGES)]
-    images = load_split(load_data_spec(data, data_root or None), "val").images
-    count = min(_IMAGES, len(images))
-    return [read_image(images[n * len(images) // count]) for n in range(count)]
+    paths = load_split(load_data_spec(data, data_root or None), "val").images
+    count = min(_IMAGES, len(paths))
+    images = []
+    for n in range(count):
+        try:
+            images.append(read_image(paths[n * len(paths) // count]))
+        except ImageError as error:
+            warn(f"{error}: left out of the check")
+    if not images:
+        raise UserError(f"{data}: none of {count} images of its val split can be read: mend them, or check on generated ones without --data")
+    return images
 
 
 def check_batches(images: Sequence[np.ndarray], imgsz: tuple[int, int], stride: int | None) -> list[Tensor]:

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from utils.errors import error_lines
 from utils.extras import import_extra, is_installed
 
 if TYPE_CHECKING:
@@ -34,20 +35,27 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
     Raises:
         RuntimeError: neither exporter knows what the network does.
     """
-    images = images.contiguous()
-    names = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
-    with quiet(), _plain_attention():
+    def export(**how: Any) -> Exception | None:
+        """What went wrong: of an exporter an error of any kind."""
         try:
-            axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
-            torch.onnx.export(network, (images,), str(path), **names, dynamic_axes=axes, dynamo=False)
-        except Exception as older:
-            if not is_installed("onnxscript"):
-                raise RuntimeError(f"{_first_line(older)} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
-            try:
-                shapes = (dict.fromkeys(_FREE, torch.export.Dim.AUTO),) if dynamic else None
-                torch.onnx.export(network, (images,), str(path), **names, dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False)
-            except Exception as newer:
-                raise RuntimeError(f"PyTorch's two exporters fail: {_first_line(older)}; {_first_line(newer.__cause__ or newer)}") from newer
+            torch.onnx.export(network, (images.contiguous(),), str(path), input_names=[INPUT], output_names=[OUTPUT], opset_version=opset, **how)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    with quiet(), _plain_attention():
+        axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
+        older = export(dynamic_axes=axes, dynamo=False)
+        if older is None:
+            return
+        if not is_installed("onnxscript"):
+            raise RuntimeError(f"{error_lines(older)[0]} (PyTorch's newer exporter may know better: pip install onnxscript)") from older
+        shapes = (dict.fromkeys(_FREE, torch.export.Dim.AUTO),) if dynamic else None
+        newer = export(dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False)
+        if newer:
+            raise RuntimeError(f"PyTorch's two exporters fail: {error_lines(older)[0]}; {error_lines(newer.__cause__ or newer)[0]}") from newer
 
 
 def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) -> openvino.Model:
@@ -65,10 +73,6 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
     return torch.jit.trace(network, images, check_trace=False)  # the check would run it again and again
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KEY = "light_yolo"  # of our own text; `names` and `stride` lie beside it as Python literals, for programs that read YOLOv5's files
 FORMAT, VERSION = "light-yolo export", 1
 PRECISIONS = ("fp32", "fp16", "int8")
+_LARGEST_STRIDE, _LARGEST_SIDE = 1024, 1 << 14  # pixels: what images are padded to must fit in memory
 _MEND = "export it again from its checkpoint"
 
 
@@ -75,6 +76,7 @@ def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata
         raise UserError(f"{origin}: its metadata {KEY} can't be read: {_MEND}") from None
     if version > VERSION:
         raise UserError(f"{origin}: is of a newer format version, this program reads up to {VERSION}: update the program")
+    content.setdefault("float_layers", [])  # younger than the format
     wrong = [name for name, check in _WELL_FORMED.items() if not check(content.get(name))]
     if wrong:
         raise UserError(f"{origin}: its metadata's {' and '.join(wrong)} can't be understood: {_MEND}")
@@ -87,7 +89,7 @@ def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None
     if isinstance(names, dict):
         names = [names.get(n) for n in range(len(names))]
     found = tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
-    return found, stride if type(stride) is int and stride > 0 else None
+    return found, stride if _is_stride(stride) else None
 
 
 def stamp_onnx(path: Path, metadata: ExportMetadata) -> None:
@@ -126,7 +128,11 @@ def _is_list(value: Any, check: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= 1 << 16
+    return type(value) is int and 0 < value <= _LARGEST_SIDE
+
+
+def _is_stride(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _LARGEST_STRIDE
 
 
 def _is_side(value: Any) -> bool:
@@ -135,7 +141,7 @@ def _is_side(value: Any) -> bool:
 
 _WELL_FORMED = {
     "names": lambda v: _is_list(v, lambda name: isinstance(name, str)),
-    "strides": lambda v: _is_list(v, _is_size),
+    "strides": lambda v: _is_list(v, _is_stride),
     "imgsz": lambda v: _is_list(v, _is_size) and len(v) == 2,
     "dynamic": lambda v: isinstance(v, bool),
     "anchors": lambda v: _is_list(v, lambda level: _is_list(level, _is_side)),

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
 from utils.export.check import TOLERANCES, Agreement, check_batches, compare
 from utils.export.formats import ExportJob, Format
-from utils.export.sessions import short_reason
 from utils.files import atomic_folder, atomic_write, size_bytes
 from utils.log import info
 from utils.network import Network
@@ -48,17 +47,14 @@ def _write_and_check(
     job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device
 ) -> Agreement:
     try:
-        kind.write(job, path)
+        with foreign_errors("this network can't be converted"):
+            kind.write(job, path)
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
         return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
     except UserError as error:
         reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
         raise UserError(f"{kind.name}: {reason}{'; without --dynamic it may go' if job.metadata.dynamic else ''}") from error
-    except OSError:
-        raise
-    except Exception as error:  # of a converter: of any kind
-        raise UserError(f"{kind.name}: this network can't be converted: {short_reason(error)}") from error
 
 
 def _keep_aside(path: Path, aside: Path) -> None:

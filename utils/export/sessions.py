@@ -1,19 +1,17 @@
 """Exported files in their own runtimes: arrays in, arrays out, safe to call from several threads at once."""
 from __future__ import annotations
 
-import textwrap
 import threading
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, error_lines, short_reason
 from utils.export.metadata import openvino_props
 from utils.extras import import_extra
 from utils.signals import keep_signal_stack
 
-_LONGEST_REASON = 300  # characters
 Shape = tuple[int | None, ...]  # None: any
 
 
@@ -85,8 +83,8 @@ class OpenvinoSession:
             model = openvino.Core().read_model(path)
             with keep_signal_stack():
                 self._compiled = openvino.compile_model(model, "CPU", settings)
-        except Exception as error:  # of the parser or a kernel: of any kind
-            raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {_last_line(error)}") from None
+        except Exception as error:  # of the parser or a kernel: of any kind; it lists where it was before it says why
+            raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {error_lines(error)[-1]}") from None
         self._own = threading.local()
         self.inputs = _openvino_shape(model.inputs[0]) if len(model.inputs) == 1 else None
         self.outputs = _openvino_shape(model.outputs[0]) if model.outputs else None
@@ -104,13 +102,3 @@ class OpenvinoSession:
 def _openvino_shape(port: Any) -> Shape | None:
     shape = port.get_partial_shape()
     return None if shape.rank.is_dynamic else tuple(None if side.is_dynamic else side.get_length() for side in shape)
-
-
-def _last_line(error: BaseException) -> str:
-    """OpenVINO lists where it was before it says why."""
-    return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[-1], _LONGEST_REASON, placeholder=" …")
-
-
-def short_reason(error: BaseException) -> str:
-    """Another's error on one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, _LONGEST_REASON, placeholder=" …")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.device import PRECISION, autocast, cpu_has_native_bf16
-from utils.errors import UserError
+from utils.errors import UserError, short_reason
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
@@ -68,8 +67,7 @@ class Runtime:
             run = self.make(network, images)
             run()
         except Exception as error:  # of a converter or a kernel: of any kind
-            reason = textwrap.shorten(str(error) or type(error).__name__, _LONGEST_REASON, placeholder=" …")
-            raise UserError(f"{self.name}: this network does not run in it: {reason}") from error
+            raise UserError(f"{self.name}: this network does not run in it: {short_reason(error, _LONGEST_REASON)}") from error
         return run
 
 
