@@ -43,7 +43,7 @@ def _narrow(module: nn.Module, sizes: Sizes) -> None:
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = _sizes(sizes, (module.in_features, module.out_features))
         _redraw(module, (module.out_features, module.in_features), module.out_features)
-    elif isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         (module.num_features,) = _sizes(sizes, (module.num_features,))
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.dim():

@@ -61,7 +61,7 @@ def yolov5n() -> tuple[ChannelGraph, list[str]]:
 
 @pytest.mark.parametrize(("total", "least", "round_to", "wanted", "count"), [
     (64, 0.1, 8, 30, 32), (64, 0.1, 8, 27, 24), (64, 0.1, 8, 28, 32),  # the nearest multiple; of two equally near the larger
-    (64, 0.1, 8, 0, 8), (64, 0.5, 8, 0, 32), (64, 0.51, 8, 0, 40), (100, 0.55, 1, 0, 55),  # never below the least
+    (64, 0.1, 8, 0, 8), (64, 0.5, 8, 0, 32), (64, 0.51, 8, 0, 40), (100, 0.55, 1, 0, 55), (64, 0, 8, 0, 8),  # never below the least
     (64, 0.1, 8, 64, 64), (64, 0.1, 8, 99, 64), (20, 0.1, 8, 20, 20), (20, 0.1, 8, 18, 20), (20, 0.1, 8, 17.9, 16),  # all are allowed
     (6, 0.1, 8, 3, 6), (6, 0.1, 8, 0, 6), (1, 0.1, 8, 0, 1),  # smaller than what it is rounded to: whole
     (10, 0, 1, 0, 1), (10, 0, 1, 4.4, 4), (10, 0.99, 1, 3, 10),
@@ -107,6 +107,13 @@ def test_a_group_without_a_finite_score_stays():
     assert make(0.5) == {"a.weight": 2, "b.weight": 3}
 
 
+def test_a_group_stays_whole_if_some_of_its_channels_pass_no_norm():
+    graph = chain(4, 3)
+    scores = {"a.weight": np.array([1, np.inf, 2, 8]), "b.weight": np.array([3.0, 5, 9])}
+    make = global_threshold(graph, Limits(0, 1), scores)
+    assert make(0) == {"a.weight": 4, "b.weight": 1} and make(2 / 3) == {"a.weight": 4, "b.weight": 2}
+
+
 def test_random_shares_are_a_function_of_the_seed_and_grow():
     graph = chain(640, 320)
     makers = [random_shares(graph, Limits(0.1, 8), np.random.default_rng(seed)) for seed in (0, 0, 1)]
@@ -136,6 +143,17 @@ def test_a_layer_that_takes_a_part_of_a_group_keeps_an_input():
     a = graph.uses["a.conv.weight"][0]
     assert best_of(graph, {group.name: 1 for group in graph.groups}, scores)[a].tolist() == [True, False, False, True, False, False]
     assert best_of(graph, {group.name: 4 for group in graph.groups}, scores)[a].tolist() == [True, True, True, True, False, False]
+
+
+def test_a_layer_that_makes_a_part_of_a_group_keeps_an_output():
+    net = Net(lambda n, x: n.d(torch.cat((n.a(x), n.b(x)), 1) + n.c(x)), a=conv(3, 3), b=conv(3, 3), c=conv(3, 6), d=conv(6, 2))
+    graph = graph_of(net)
+    (group,) = graph.groups
+    scores = {group.name: np.array([6.0, 5, 4, 1, 2, 3])}  # what a makes is the better half
+    keep = best_of(graph, {group.name: 2}, scores)
+    assert [keep[graph.uses[f"{name}.weight"][0]].tolist() for name in "abc"] == [
+        [True, True, False], [False, False, True], [True, True, False, False, False, True]]
+    assert graph.widths(net, keep, {}) == {"a": (None, 2), "b": (None, 1), "c": (None, 3), "d": (3, None)}
 
 
 def test_costs_are_those_of_the_very_channels_that_stay():
@@ -192,9 +210,9 @@ def test_budgets_of_a_real_network(yolov5n: tuple[ChannelGraph, list[str]], meth
 
 def test_an_unreachable_budget_names_one_that_can_be_reached(yolov5n: tuple[ChannelGraph, list[str]]):
     graph, _ = yolov5n
-    limits, cost = Limits(0.3, 8), macs_share(graph, equal_scores(graph))
+    make, cost = uniform(graph, Limits(0.3, 8)), macs_share(graph, equal_scores(graph))
     with pytest.raises(UserError, match=r"--target-flops 0.01: can't be reached: 0\.\d+ is the nearest that can be") as caught:
-        check_reachable(graph, limits, cost, 0.01, "--target-flops")
+        check_reachable(make, cost, 0.01, "--target-flops")
     nearest = float(re.search(r"reached: (0\.\d+)", str(caught.value)).group(1))
-    check_reachable(graph, limits, cost, nearest, "--target-flops")
-    assert nearest - 0.001 < cost(meet(uniform(graph, limits), cost, nearest)) <= nearest
+    check_reachable(make, cost, nearest, "--target-flops")
+    assert nearest - 0.001 < cost(meet(make, cost, nearest)) <= nearest

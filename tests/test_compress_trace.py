@@ -10,6 +10,7 @@ from channels import Net, conv, graph_of
 from torch import Tensor, nn
 from transplant import lived_in
 
+from models.narrow import narrow
 from models.prune import channel_graph, remove_channels
 from models.spec import load_spec
 from models.yolo import DetectionModel
@@ -71,12 +72,54 @@ def test_a_shuffle_is_the_permutation_that_it_is():
 @pytest.mark.parametrize("mix", [
     lambda n, x: x.softmax(1), lambda n, x: x.mean(1, keepdim=True).expand(-1, 4, -1, -1), lambda n, x: nn.functional.layer_norm(x, x.shape[1:]),
     lambda n, x: torch.cat((x[:, 2:], x[:, :2]), 1), lambda n, x: x.cumsum(1), lambda n, x: x * n.scale, lambda n, x: x / (1 + x.abs()),
-], ids=["softmax", "mean over channels", "layer norm", "slices by number", "cumulative sum", "learned scale", "division"])  # fmt: skip
+    lambda n, x: written(x), lambda n, x: x.mT.mT, lambda n, x: x.data, lambda n, x: nn.functional.conv2d(x, n.filters),
+    lambda n, x: nn.functional.linear(x.mean((2, 3)), n.filters[:, :, 0, 0])[..., None, None],
+    lambda n, x: nn.functional.linear(x.movedim(1, 3), n.matrix).movedim(3, 1), lambda n, x: nn.functional.batch_norm(x, n.mean, n.mean),
+], ids=["softmax", "mean over channels", "layer norm", "slices by number", "cumulative sum", "learned scale", "division", "written slice", "mT",
+        "data", "own convolution", "computed matrix", "own matrix", "own norm"])  # fmt: skip
 def test_what_needs_every_channel_keeps_it(mix):
     net = Net(lambda n, x: n.b(mix(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
-    net.scale = nn.Parameter(torch.ones(4, 1, 1))
+    net.scale, net.filters, net.matrix = (nn.Parameter(torch.ones(shape)) for shape in ((4, 1, 1), (4, 4, 1, 1), (4, 4)))
+    net.register_buffer("mean", torch.ones(4))
     graph = graph_of(net)
     assert graph.groups == () and graph.kept_whole
+
+
+def written(x: Tensor) -> Tensor:
+    """Some channels of a tensor are overwritten in place."""
+    x = x.clone()
+    x[:, :2] = x[:, :2] * 2
+    return x
+
+
+@pytest.mark.parametrize("overwrite", [lambda n, x: x[:, :4], lambda n, x: torch.zeros_like(x)], ids=["itself", "a buffer"])
+def test_channels_that_are_written_into_a_slice_are_kept(overwrite):
+    def forward(n: Net, x: Tensor) -> Tensor:
+        y = overwrite(n, n.a(x))
+        y[:, :2] = n.b(x)
+        return n.c(y)
+
+    assert graph_of(Net(forward, a=conv(3, 4), b=conv(3, 2), c=conv(4, 2))).groups == ()
+
+
+def test_tokens_by_view():
+    """Channels and places become one dimension, whose numbers are no view of the channels'."""
+    net = Net(lambda n, x: n.b(torch.relu(n.a(x)).view(len(x), -1)), a=conv(3, 4), b=nn.Linear(4 * 64, 2))
+    assert graph_of(net).groups == ()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d])
+def test_any_batch_norm_is_narrowed(norm):
+    options = {} if norm is not nn.InstanceNorm1d else {"affine": True, "track_running_stats": True}
+    net = Net(lambda n, x: n.b(n.norm(n.a(x).flatten(2) if norm is not nn.BatchNorm2d else n.a(x)).view(len(x), -1, *x.shape[2:])),
+              a=conv(3, 4), norm=norm(4, **options), b=conv(4, 2))
+    graph = graph_of(net)
+    assert groups_of(net) == {"a.weight": (4, ("a.weight",))}
+    keep = graph.keep({"a.weight": np.array([True, False, True, True])})
+    left = Net(net.body, a=conv(3, 4), norm=norm(4, **options), b=conv(4, 2)).eval()
+    narrow(left, graph.widths(net, keep, {}), "by hand")
+    left.load_state_dict(graph.cut(net.state_dict(), keep))
+    assert left.norm.num_features == 3 and left(torch.rand(2, 3, 8, 8)).shape == (2, 2, 8, 8)
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -181,3 +224,14 @@ def test_a_pruned_network_is_pruned_again(name: str):
         with torch.no_grad():
             for a, b in zip(left(images), model(images), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_pruned_shuffle_is_followed_on_a_gpu():
+    """Its order lies there, the numbers on the CPU."""
+    torch.manual_seed(0)
+    left = check_model(lived_in(DetectionModel(load_spec("yolov5s-shuffle.yaml", 3))), 0)
+    wanted, found = channel_graph(left), channel_graph(left.cuda())
+    assert [group.name for group in found.groups] == [group.name for group in wanted.groups]
+    assert all(np.array_equal(a.channels, b.channels) for a, b in zip(found.groups, wanted.groups, strict=True))

@@ -87,7 +87,7 @@ class ChannelGraph:
         for name, channels in (of_layers | of_norms).items():
             old = widths.get(name, (None,) * len(channels))
             new = tuple(size if keep[numbers].all() else int(keep[numbers].sum()) for size, numbers in zip(old, channels, strict=True))
-            if any(new):
+            if any(size is not None for size in new):
                 widths[name] = new
         for name, inputs in self.moves.items():
             kept = [keep[numbers] for numbers in inputs]

@@ -28,7 +28,7 @@ class Limits(NamedTuple):
     def count(self, graph: ChannelGraph, group: Group, wanted: float) -> int:
         """The nearest number of channels that may stay."""
         total, step = len(group.channels), self.step(graph, group)
-        least = min(total, max(1, math.ceil(self.least * total / step - _SLACK) * step))
+        least = min(total, max(1, math.ceil(self.least * total / step - _SLACK)) * step)
         below = int(min(wanted, total) // step) * step
         above = min(below + step, total)  # all of them are allowed, whatever their number
         return max(least, above if above - wanted <= wanted - below else below)
@@ -49,12 +49,14 @@ def uniform(graph: ChannelGraph, limits: Limits) -> Maker:
 
 
 def global_threshold(graph: ChannelGraph, limits: Limits, scores: Scores) -> Maker:
-    """Of all groups together those above one threshold (network slimming); what has no finite score stays."""
-    everyone = np.sort(np.concatenate([own for own in scores.values() if np.isfinite(own).all()] or [np.zeros(1)]))
+    """Of all groups together those above one threshold (network slimming); a group with a score that is not finite stays whole."""
+    compared = {name: own for name, own in scores.items() if np.isfinite(own).all()}
+    everyone = np.sort(np.concatenate([*compared.values()] or [np.zeros(1)]))
 
     def make(share: float) -> Plan:
         threshold = everyone[min(int((1 - share) * len(everyone)), len(everyone) - 1)] if share < 1 else -np.inf
-        return {group.name: limits.count(graph, group, int((scores[group.name] >= threshold).sum())) for group in graph.groups}
+        return {group.name: limits.count(graph, group, int((compared[group.name] >= threshold).sum())) if group.name in compared
+                else len(group.channels) for group in graph.groups}
 
     return make
 
@@ -73,7 +75,8 @@ def random_shares(graph: ChannelGraph, limits: Limits, rng: np.random.Generator)
 def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
     """The choice that a plan leaves: of each group the channels of the highest scores; of equal ones the first.
 
-    A layer that takes a part of a group, as after ShuffleNet's split, may see none of them: the best of those that it takes stays too.
+    A layer that takes a part of a group, as after ShuffleNet's split, or makes one, as before a concatenation that is summed with another layer's
+    outputs, may be left with none: the best of its own stays too.
     """
     rank = np.zeros(graph.count, int)
     chosen = {}
@@ -82,18 +85,19 @@ def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
         rank[group.channels], chosen[group.name] = own, own < plan[group.name]
     keep = graph.keep(chosen)
     for layer in graph.layers:
-        if not keep[layer.inputs].any():
-            keep[layer.inputs[np.argmin(rank[layer.inputs])]] = True
+        for own in (layer.inputs, layer.outputs):
+            if not keep[own].any():
+                keep[own[np.argmin(rank[own])]] = True
     return keep
 
 
-def check_reachable(graph: ChannelGraph, limits: Limits, cost: Cost, target: float, what: str) -> None:
+def check_reachable(make: Maker, cost: Cost, target: float, what: str) -> None:
     """Refuse a budget that no plan meets.
 
     Raises:
         UserError: even the least plan costs more; the line says how much.
     """
-    least = cost({group.name: limits.count(graph, group, 0) for group in graph.groups})
+    least = cost(make(0.0))
     if least > target:
         raise UserError(f"{what} {target:g}: can't be reached: {math.ceil(least * 1000) / 1000:g} is the nearest that can be with this --min-ratio "
                         "and --round-to")

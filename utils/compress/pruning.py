@@ -119,6 +119,7 @@ class Pruning:
         self.device = next(model.parameters()).device
         self.dtype = compute_dtype(config.precision, self.device)  # of scoring
         self.candidates: list[Candidate] = []  # of a search, the best first
+        self._make = global_threshold(graph, self.limits, self.scores) if config.method == "slimming" else uniform(graph, self.limits)
         self.plan = self._read_plan(Path(config.plan)) if config.plan else None
         self._check()
 
@@ -148,20 +149,18 @@ class Pruning:
         config = self.config
         if not self.graph.groups:
             raise UserError(f"{config.weights}: no channel of this network can be removed")
-        if not any(np.isfinite(scores).any() for scores in self.scores.values()):
+        if not any(np.isfinite(scores).all() for scores in self.scores.values()):
             raise UserError(f"{config.weights}: --method slimming compares the scales of batch norms, and no removable channel passes one: "
                             "try --method l1")
         if not config.plan and not config.ratio:
             kind, target = self._budget()
-            check_reachable(self.graph, self.limits, self.costs[kind], target, f"--target-{kind}")
+            check_reachable(self._make, self.costs[kind], target, f"--target-{kind}")
 
     def _by_importance(self) -> Plan:
-        by_threshold = self.config.method == "slimming"
-        make = global_threshold(self.graph, self.limits, self.scores) if by_threshold else uniform(self.graph, self.limits)
         if self.config.ratio:
-            return make(1 - self.config.ratio)
+            return self._make(1 - self.config.ratio)
         kind, target = self._budget()
-        return self._within(make, kind, target)
+        return self._within(self._make, kind, target)
 
     def _within(self, make: Callable[[float], Plan], kind: str, target: float) -> Plan:
         plan = meet(make, self.costs[kind], target)
@@ -180,7 +179,7 @@ class Pruning:
             self._check_plan(candidate.plan, search.file)
         if kind == "latency":  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
             kind, latency = "flops", target
-            target = search.measure_once("flops", lambda: self.costs["flops"](self._within(uniform(self.graph, self.limits), "latency", latency)))
+            target = search.measure_once("flops", lambda: self.costs["flops"](self._within(self._make, "latency", latency)))
 
         def draw(number: int) -> tuple[Plan, dict[str, float]]:
             maker = random_shares(self.graph, self.limits, np.random.default_rng((config.seed, number)))

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from utils.compress.calls import Call, along_channels, arguments, replaced, same_lines, tensors_of
+from utils.compress.ties import representatives
 
 KEPT = 0  # the number that can't be removed
 _NORM_WORK = 4  # multiply-accumulates of a value, as thop counts them
-_GETTERS = {"__get__", "size", "dim", "stride", "is_contiguous", "numel", "is_floating_point", "is_complex", "get_device", "element_size"}
 _ONE_BY_ONE = {
     "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
     "gelu", "mish", "elu", "elu_", "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
@@ -89,7 +89,7 @@ class _Tracer(TorchFunctionMode):
                 self._keep(self._numbers(output))
 
     def result(self) -> Trace:
-        root = _representatives(self.count, self.ties)
+        root = representatives(self.count, self.ties)
         uses = {key: tuple(None if dim is None else root[dim] for dim in dims) for key, dims in self.uses.items() if dims}
         moves = {name: tuple(root[numbers] for numbers in inputs) for name, inputs in self.moves.items()}
         layers = [layer._replace(inputs=root[layer.inputs], outputs=root[layer.outputs]) for layer in self.layers]
@@ -111,8 +111,8 @@ class _Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         given = [x for x in tensors_of((args, kwargs)) if id(x) in self.numbered]
-        made = list(tensors_of(result))
-        if given and made and name not in _GETTERS:
+        made = list(tensors_of(args[0] if name == "__setitem__" else result))  # what is written into gives nothing back
+        if given and made:
             rule = _RULES.get(name, _Tracer._unknown)
             rule(self, Call(func, name, args, kwargs, given, made))
         return result
@@ -144,7 +144,8 @@ class _Tracer(TorchFunctionMode):
 
     def _move(self, call: Call) -> None:
         def numbers_of(x: Tensor) -> Tensor:
-            return self._numbers(x) if x.is_floating_point() else x  # whole numbers are places
+            # Whole numbers are places. A view of the numbers must be possible wherever one of the values is: so they are laid out in full.
+            return self._numbers(x).contiguous() if x.is_floating_point() else x.cpu()
 
         numbers = call.func(*replaced(call.args, numbers_of), **replaced(call.kwargs, numbers_of))
         if call.name in _MOVES_BY_NUMBERS and not self.rearranging and not same_lines(self._numbers(call.given[0]), list(tensors_of(numbers))):
@@ -154,18 +155,18 @@ class _Tracer(TorchFunctionMode):
 
     def _convolve(self, call: Call) -> None:
         x, weight, bias, _, _, _, groups = arguments(call, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), (None,) * 4 + (1,))
-        self._multiply(call.made[0], x, weight, bias, groups, 0)
+        self._multiply(call, nn.Conv2d, (x, weight, bias), groups, 0)
 
     def _convolve_transposed(self, call: Call) -> None:
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
         x, weight, bias, *_, groups, _ = arguments(call, names, (None,) * 4 + (1, None))
-        self._multiply(call.made[0], x, weight, bias, groups, 1)
+        self._multiply(call, nn.ConvTranspose2d, (x, weight, bias), groups, 1)
 
     def _linear(self, call: Call) -> None:
         x, weight, bias = arguments(call, ("input", "weight", "bias"), (None,))
         y, key = call.made[0], self.keys.get(id(weight))
         ins = self._along_last(x)
-        if key is None or key in self.uses or ins is None:
+        if key in self.uses or ins is None or not self._is_of(nn.Linear, weight, bias):
             return self._unknown(call)
         outs = self._new(len(weight))
         self._use(weight, (outs, ins))
@@ -177,10 +178,12 @@ class _Tracer(TorchFunctionMode):
 
     def _normalise(self, call: Call) -> None:
         x = call.given[0]
+        own = [tensor for tensor in tensors_of((call.args, call.kwargs)) if tensor is not x]
+        if own and not self._is_of(nn.modules.batchnorm._NormBase, *own):
+            return self._unknown(call)
         channels = self._channels(x)
-        for tensor in tensors_of((call.args[1:], call.kwargs)):
-            if tensor is not x:
-                self._use(tensor, (channels,))
+        for tensor in own:
+            self._use(tensor, (channels,))
         self.each.append((channels, _NORM_WORK * x[:, 0].numel()))
         self._give(call.made[0], self._numbers(x))
 
@@ -201,11 +204,14 @@ class _Tracer(TorchFunctionMode):
 
     # What the rules are made of.
 
-    def _multiply(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, out_dim: int) -> None:
+    def _multiply(self, call: Call, kind: type[nn.Module], tensors: tuple[Tensor, Tensor, Tensor | None], groups: int, out_dim: int) -> None:
         """A convolution whose weight has its output channels along `out_dim` and its input channels along the other of the first two."""
+        (x, weight, bias), y = tensors, call.made[0]
         key, ins = self.keys.get(id(weight)), self._channels(x)
-        if key is None or key in self.uses:  # worked out from others, or used twice
-            return self._unknown(Call(None, "a shared weight" if key else "a computed weight", (x, weight, bias), {}, [x], [y]))
+        if key in self.uses:
+            return self._unknown(call._replace(name="a shared weight"))
+        if not self._is_of(kind, weight, bias):
+            return self._unknown(call._replace(name=f"{call.name} with {'a weight of its own' if key else 'a computed weight'}"))
         per_group, many = len(ins) // groups, y.shape[1] // groups
         if groups > 1 and per_group == 1:  # depthwise: an output channel is its input's
             outs = ins.repeat(many)
@@ -224,6 +230,11 @@ class _Tracer(TorchFunctionMode):
         if bias is not None:
             self.each.append((outs, y[:, 0].numel()))
         self._give(y, along_channels(torch.from_numpy(outs), y))
+
+    def _is_of(self, kind: type[nn.Module], *tensors: Tensor | None) -> bool:
+        """Whether all of these are one module's of that kind, which models/narrow.py knows how to narrow."""
+        homes = {self.keys.get(id(tensor), "").rpartition(".")[0] for tensor in tensors if tensor is not None}
+        return len(homes) == 1 and isinstance(self.model.get_submodule(homes.pop()), kind)
 
     def _give(self, tensor: Tensor, numbers: Tensor) -> None:
         self.numbered[id(tensor)] = tensor, numbers
@@ -279,21 +290,3 @@ _RULES: dict[str, Callable[[_Tracer, Call], None]] = {
     "batch_norm": _Tracer._normalise,
     "instance_norm": _Tracer._normalise,
 }
-
-
-def _representatives(count: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """(count,) the least number of those that are tied to each."""
-    root = list(range(count))
-
-    def find(n: int) -> int:
-        while root[n] != n:
-            root[n] = root[root[n]]
-            n = root[n]
-        return n
-
-    for a, b in ties:
-        for x, y in zip(a.tolist(), b.tolist(), strict=True):
-            x, y = find(x), find(y)
-            if x != y:
-                root[max(x, y)] = min(x, y)
-    return np.array([find(n) for n in range(count)])
