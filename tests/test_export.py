@@ -68,6 +68,18 @@ def test_half_leaves_the_network_alone_and_its_boxes_float32(tiny):
     assert {p.dtype for p in graph.parameters()} == {torch.float16} and graph.anchors_px.dtype == torch.float32
 
 
+def test_an_export_leaves_the_network_in_eval_mode(tmp_path: Path):
+    """In training mode a row that draws at random, as Swin's do, would give other boxes at every call."""
+    network = lively(tiny_model(tmp_path, dropout=0.5))
+    images = torch.rand(1, 3, 64, 64)
+    expected = network.decode(network(images))
+    for kind, format in FORMATS.items():
+        (tmp_path / kind).mkdir()
+        format.write(job_of(network), tmp_path / kind / "" if format.is_folder else tmp_path / kind / f"a{format.suffix}")
+        assert not any(module.training for module in network.modules())
+        assert torch.equal(network.decode(network(images)), expected)
+
+
 @pytest.fixture(scope="module", params=["tiny", "yolov5s-ghost.yaml", "yolov5s-shuffle.yaml"])
 def network(request, tiny) -> DetectionModel:
     torch.manual_seed(0)
