@@ -1,6 +1,7 @@
 """One door for all weights: a checkpoint or an exported file, as a network ready for inference."""
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,28 @@ class OpenWeights(NamedTuple):
                             f"export it with --imgsz {max(self.fixed)} or --dynamic")
         return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
 
+    def computing(self, precision: PrecisionName) -> OpenWeights:
+        """In another precision; an exported file goes on as it was opened."""
+        if isinstance(self.network, ExportedNetwork):
+            return self
+        dtype = compute_dtype(precision, self.device)
+        return self._replace(dtype=dtype, description=describe(self.device, dtype))
+
+    def moved(self, device: str) -> OpenWeights:
+        """A copy on another device; itself where it is there already.
+
+        Raises:
+            UserError: no such device, or not one for an exported file.
+        """
+        if isinstance(self.network, ExportedNetwork):
+            _check_cpu(device, self.path)
+            return self
+        chosen = select_device(device)
+        if chosen == self.device:
+            return self
+        network = copy.deepcopy(self.network).to(chosen)
+        return self._replace(network=network, device=chosen, description=describe(chosen, self.dtype))
+
 
 def open_weights(
     weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
@@ -97,11 +120,15 @@ def ready(model: DetectionModel, path: str, imgsz: tuple[int, int] | None, devic
 
 
 def _open_exported(weights: str, device: str, precision: PrecisionName, data: str, data_root: str, at_once: int | None) -> OpenWeights:
+    _check_cpu(device, weights)
     cpu = torch.device("cpu")
-    if device.strip().lower() not in ("", "cpu"):
-        raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
     bf16 = compute_dtype(precision, cpu) == torch.bfloat16
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network: ExportedNetwork = open_network(weights, bf16=bf16, names=names, at_once=at_once)
     return OpenWeights(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, cpu, torch.float32,
                        network.description)
+
+
+def _check_cpu(device: str, weights: str) -> None:
+    if device.strip().lower() not in ("", "cpu"):
+        raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")

@@ -123,8 +123,7 @@ class Result:
         Raises:
             UserError: pandas is not installed.
         """
-        columns = dict(zip(("xmin", "ymin", "xmax", "ymax"), self.xyxy.T, strict=True))
-        return import_extra("pandas").DataFrame(columns | {"confidence": self.conf, "class": self.cls, "name": self.labels})
+        return table(self, self.xyxy, ("xmin", "ymin", "xmax", "ymax"))
 
     def supervision(self) -> supervision.Detections:
         """The boxes for supervision's trackers, annotators and metrics.
@@ -135,6 +134,12 @@ class Result:
         names = np.array(self.labels, dtype=str)
         return import_extra("supervision").Detections(self.xyxy.astype(np.float32), confidence=self.conf.astype(np.float32), class_id=self.cls,
                                                       data={"class_name": names})
+
+
+def table(result: Result, boxes: np.ndarray, columns: Sequence[str]) -> pandas.DataFrame:
+    """A row for each of the result's boxes: `boxes` (n, 4) in any form under the names of `columns`, then confidence, class, name."""
+    values = dict(zip(columns, boxes.T, strict=True)) | {"confidence": result.conf, "class": result.cls, "name": result.labels}
+    return import_extra("pandas").DataFrame(values)
 
 
 class Tally:
