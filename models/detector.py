@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -108,12 +109,12 @@ def class_numbers(classes: int | Iterable[int] | None) -> tuple[int, ...] | None
     if classes is None:
         return None
     try:
-        numbers = tuple(operator.index(c) for c in (classes if isinstance(classes, Iterable) else (classes,)))
+        chosen = tuple(operator.index(c) for c in (classes if isinstance(classes, Iterable) else (classes,)))
     except TypeError:
         raise UserError(f"classes {classes!r}: give class numbers, such as [0, 2], or None for all") from None
-    if not numbers:
+    if not chosen:
         raise UserError("classes []: give at least one class number, or None for all")
-    return numbers
+    return chosen
 
 
 def check_options(options: NmsOptions) -> NmsOptions:
@@ -126,6 +127,8 @@ def check_options(options: NmsOptions) -> NmsOptions:
         value = getattr(options, flag)
         if value is not None:
             _check(name, flag, value)
+    if not isinstance(options.max_det, numbers.Integral):
+        raise UserError(f"max_det {options.max_det!r}: expected a whole number")
     return options
 
 

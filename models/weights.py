@@ -108,7 +108,8 @@ def open_weights(
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
     checkpoint = load_checkpoint(weights)
-    model = model_from_checkpoint(checkpoint, weights)
+    with torch.random.fork_rng(devices=()):  # building draws start values: no business of the caller's random numbers
+        model = model_from_checkpoint(checkpoint, weights)
     imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
     return ready(model, weights, imgsz, chosen, dtype)
 
