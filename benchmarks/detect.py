@@ -96,7 +96,7 @@ def plain(args: argparse.Namespace, out: Path) -> None:
         return Detections(geometry.back(found[:, :4]), found[:, 4], found[:, 5].astype(int))
 
     decode, infer, suppress = clock.timed("decode", capture.read), clock.timed("inference", infer), clock.timed("NMS", suppress)
-    draw, encode = clock.timed("draw", Result.drawn), clock.timed("encode", video.write)
+    draw, encode = clock.timed("draw", Result.plot), clock.timed("encode", video.write)
     images = boxes = 0
     with torch.inference_mode():
         while (image := decode()[1]) is not None:
@@ -114,7 +114,7 @@ def whole(args: argparse.Namespace, out: Path, precision: str) -> None:
 
     cv2.VideoCapture = clock.watched(cv2.VideoCapture, "read", "decode")
     cv2.VideoWriter = clock.watched(cv2.VideoWriter, "write", "encode")
-    Result.drawn = clock.timed("draw", Result.drawn)
+    Result.plot = clock.timed("draw", Result.plot)
     dtype = compute_dtype(precision, _CPU)
     model = load_model(args.weights)
     network = model.fused().to(memory_format=torch.channels_last)

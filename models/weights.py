@@ -1,6 +1,7 @@
 """One door for all weights: a checkpoint or an exported file, as a network ready for inference."""
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.yolo import model_from_checkpoint
+from models.yolo import DetectionModel, model_from_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.config import DEFAULT_IMGSZ
 from utils.data.spec import load_data_spec
@@ -66,34 +67,69 @@ class OpenWeights(NamedTuple):
                             f"export it with --imgsz {max(self.fixed)} or --dynamic")
         return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
 
+    def computing(self, precision: PrecisionName) -> OpenWeights:
+        """In another precision; an exported file goes on as it was opened."""
+        if isinstance(self.network, ExportedNetwork):
+            return self
+        dtype = compute_dtype(precision, self.device)
+        return self._replace(dtype=dtype, description=describe(self.device, dtype))
 
-def open_weights(weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "") -> OpenWeights:
+    def moved(self, device: str) -> OpenWeights:
+        """A copy on another device; itself where it is there already.
+
+        Raises:
+            UserError: no such device, or not one for an exported file.
+        """
+        if isinstance(self.network, ExportedNetwork):
+            _check_cpu(device, self.path)
+            return self
+        chosen = select_device(device)
+        if chosen == self.device:
+            return self
+        network = copy.deepcopy(self.network).to(chosen)
+        return self._replace(network=network, device=chosen, description=describe(chosen, self.dtype))
+
+
+def open_weights(
+    weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
+) -> OpenWeights:
     """The network of a checkpoint, or of an exported file in its own runtime.
 
     Args:
         device, precision: as on the command line.
         data: the data YAML that names the classes of an exported file that tells none.
+        at_once: callers that will run images side by side, for which a runtime divides its threads; as many as `inference_threads` starts where None.
 
     Raises:
         UserError: no such file, not a whole one, or not for this device.
     """
     if is_exported(weights):
-        return _open_exported(weights, device, precision, data, data_root)
+        return _open_exported(weights, device, precision, data, data_root, at_once)
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
     checkpoint = load_checkpoint(weights)
-    model = model_from_checkpoint(checkpoint, weights)
-    network = model.fused().to(chosen, memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=()):  # building draws start values: no business of the caller's random numbers
+        model = model_from_checkpoint(checkpoint, weights)
     imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
-    return OpenWeights(weights, network, model.names, model.max_stride, model.pad_stride, imgsz, None, chosen, dtype, describe(chosen, dtype))
+    return ready(model, weights, imgsz, chosen, dtype)
 
 
-def _open_exported(weights: str, device: str, precision: PrecisionName, data: str, data_root: str) -> OpenWeights:
+def ready(model: DetectionModel, path: str, imgsz: tuple[int, int] | None, device: torch.device, dtype: torch.dtype) -> OpenWeights:
+    """A network that is built already, fused and laid out for inference; `path` is what to call it."""
+    network = model.fused().to(device, memory_format=torch.channels_last)
+    return OpenWeights(path, network, model.names, model.max_stride, model.pad_stride, imgsz, None, device, dtype, describe(device, dtype))
+
+
+def _open_exported(weights: str, device: str, precision: PrecisionName, data: str, data_root: str, at_once: int | None) -> OpenWeights:
+    _check_cpu(device, weights)
     cpu = torch.device("cpu")
-    if device.strip().lower() not in ("", "cpu"):
-        raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
     bf16 = compute_dtype(precision, cpu) == torch.bfloat16
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
-    network: ExportedNetwork = open_network(weights, bf16=bf16, names=names)
+    network: ExportedNetwork = open_network(weights, bf16=bf16, names=names, at_once=at_once)
     return OpenWeights(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, cpu, torch.float32,
                        network.description)
+
+
+def _check_cpu(device: str, weights: str) -> None:
+    if device.strip().lower() not in ("", "cpu"):
+        raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")

@@ -201,7 +201,7 @@ def test_predictor_gives_rgb_in_0_1():
 def test_predictor_without_boxes():
     result = fixed(rows=[])(np.zeros((50, 60, 3), np.uint8))
     assert result.found.xyxy.shape == (0, 4) and result.found.conf.shape == result.found.cls.shape == (0,)
-    assert result.drawn() is result.image and result.crops() == []
+    assert (result.plot() == result.image).all() and result.crop() == []
 
 
 def test_predictor_options():
@@ -225,12 +225,12 @@ def test_unknown_class_number(classes):
 
 def test_crops_hold_their_boxes():
     result = result_of([(10.4, 20.6, 30.2, 40.1, 0.9, 0), (90, 70, 100, 80, 0.8, 1), (100, 80, 100, 80, 0.7, 1)])
-    assert [crop.shape for crop in result.crops()] == [(21, 21, 3), (10, 10, 3), (1, 1, 3)]
+    assert [crop.shape for crop in result.crop()] == [(21, 21, 3), (10, 10, 3), (1, 1, 3)]
 
 
 def test_style_changes_the_drawing():
     result = result_of([(10, 30, 60, 70, 0.9, 1)])
-    pictures = [result.drawn(style) for style in (Style(), Style(conf=False), Style(labels=False), Style(line_width=5))]
+    pictures = [result.plot(*style) for style in (Style(), Style(conf=False), Style(labels=False), Style(line_width=5))]
     for n, picture in enumerate(pictures):
         assert (picture != result.image).any()
         assert all((picture != other).any() for other in pictures[:n])

@@ -12,6 +12,7 @@ from transplant import lived_in
 
 from models.spec import load_spec
 from models.yolo import DetectionModel
+from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.data.labels import ScanReport, Split
 
 NAMES = ("red", "green")
@@ -49,6 +50,16 @@ def lively(model: DetectionModel) -> DetectionModel:
         nn.init.zeros_(conv.bias)
         conv.weight *= 0.5 / raw.std((0, 2, 3), keepdim=True).mean()
     return model
+
+
+def lively_checkpoint(folder: Path) -> Path:
+    """folder/tiny.pt, for images of 64 px: a network as `lively` makes it."""
+    model = tiny_model(folder)
+    for conv, better in zip(model.head.m, lively(model).head.m, strict=True):
+        conv.load_state_dict(better.state_dict())
+    path = folder / "tiny.pt"
+    save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
+    return path
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:

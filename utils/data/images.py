@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES: frozenset[str] = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 
@@ -219,18 +219,33 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def _decode_with_pillow(data: bytes, reduce: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        if image.mode.startswith("I") or image.mode == "F":
-            return _grey_to_bgr(np.asarray(image))
-        if "transparency" in image.info or image.mode in {"RGBA", "RGBa", "LA", "La", "PA"}:
-            rgba = image.convert("RGBA")
-            rgb = Image.new("RGB", rgba.size, "white")
-            rgb.paste(rgba, mask=rgba)
-        else:
-            rgb = image.convert("RGB")
-        if reduce > 1 and image.format in {"JPEG", "MPO"}:
-            rgb = rgb.reduce(reduce)
-        return cv2.cvtColor(np.asarray(rgb), cv2.COLOR_RGB2BGR)
+        return _pixels(image, reduce if image.format in {"JPEG", "MPO"} else 1)
+
+
+def pillow_to_bgr(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 BGR of an image that Pillow holds, as `read_image` gives its file.
+
+    Raises:
+        ImageError: broken, truncated, or pixels of 32 bits.
+    """
+    try:
+        return _pixels(ImageOps.exif_transpose(image), 1)
+    except Exception as error:  # decoders raise nearly anything on broken bytes
+        raise ImageError(_reason(error)) from None
+
+
+def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
+    """(H, W, 3) uint8 BGR, not turned; transparency on white."""
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_to_bgr(np.asarray(image))
+    if "transparency" in image.info or image.mode in {"RGBA", "RGBa", "LA", "La", "PA"}:
+        rgba = image.convert("RGBA")
+        rgb = Image.new("RGB", rgba.size, "white")
+        rgb.paste(rgba, mask=rgba)
+    else:
+        rgb = image.convert("RGB")
+    return cv2.cvtColor(np.asarray(rgb.reduce(reduce) if reduce > 1 else rgb), cv2.COLOR_RGB2BGR)
 
 
 def _grey_to_bgr(grey: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def detect(source: Source, predictor: Predictor, writer: ResultWriter, view: boo
                 writer.put(frame, result)
                 tally.add(result, waited_ms)
                 _advance(bar, frame, writer.outputs.vid_stride)
-                if view and not show(result.drawn(writer.outputs.style), wait=frame.video is None):
+                if view and not show(result.plot(*writer.outputs.style), wait=frame.video is None):
                     break
         except (KeyboardInterrupt, UserError) as error:
             if not source.live or not tally.images:

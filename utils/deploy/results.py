@@ -1,14 +1,22 @@
-"""What a detector found on one image: drawn, cropped, counted."""
+"""What a detector found on one image: drawn, cropped, counted, and handed to other programs."""
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from utils.draw import draw_boxes, palette
+from utils.draw import draw_boxes, palette, save_image
 from utils.evaluate.matching import Detections
+from utils.extras import import_extra
+
+if TYPE_CHECKING:
+    import pandas
+    import supervision
 
 
 class Style(NamedTuple):
@@ -22,40 +30,116 @@ class Style(NamedTuple):
 DEFAULT_STYLE = Style()
 
 
-class Result(NamedTuple):
-    """The boxes of one image, best first."""
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The boxes of one image, best first; as long as there are boxes.
 
-    image: np.ndarray  # (H, W, 3) uint8 BGR, as given
-    found: Detections  # in the image's pixels
-    names: Sequence[str]  # of all classes
-    inference_ms: float = 0.0  # letterbox, network and decoding
+    Attributes:
+        image: (H, W, 3) uint8 BGR, as the network's user gave it.
+        found: in the image's pixels.
+        names: of all classes.
+        inference_ms: letterbox, network and decoding.
+        path: the image's file; empty where it came from none.
+    """
+
+    image: np.ndarray
+    found: Detections
+    names: Sequence[str]
+    inference_ms: float = 0.0
     nms_ms: float = 0.0
+    path: str = ""
+
+    def __len__(self) -> int:
+        return len(self.found.cls)
+
+    @property
+    def xyxy(self) -> np.ndarray:
+        """(n, 4) float64, corners in the image's pixels."""
+        return self.found.xyxy
+
+    @property
+    def conf(self) -> np.ndarray:
+        """(n,) float64, falling."""
+        return self.found.conf
+
+    @property
+    def cls(self) -> np.ndarray:
+        """(n,) int64, indices of `names`."""
+        return self.found.cls
+
+    @property
+    def labels(self) -> list[str]:
+        """n class names."""
+        return [self.names[c] for c in self.cls]
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the image, pixels."""
         return self.image.shape[1], self.image.shape[0]
 
-    def drawn(self, style: Style = DEFAULT_STYLE) -> np.ndarray:
-        """A copy of the image with its boxes; the image itself where there are none."""
-        if not len(self.found.cls):
-            return self.image
-        labels = [self._label(int(c), conf, style) for c, conf in zip(self.found.cls, self.found.conf, strict=True)]
-        return draw_boxes(self.image, self.found.xyxy, labels, [palette(int(c)) for c in self.found.cls], style.line_width)
+    def plot(self, line_width: int | None = None, labels: bool = True, conf: bool = True) -> np.ndarray:
+        """A copy of the image, BGR, with its boxes.
 
-    def crops(self) -> list[np.ndarray]:
-        """Each box's part of the image, whole pixels that hold the box; at least one pixel."""
+        Args:
+            line_width: pixels; None: by the image's size.
+            labels: class names, with `conf` their confidences too.
+        """
+        texts = [(f"{name} {c:.2f}" if conf else name) if labels else "" for name, c in zip(self.labels, self.conf, strict=True)]
+        return draw_boxes(self.image, self.xyxy, texts, [palette(int(c)) for c in self.cls], line_width)
+
+    def save(self, path: str | Path, line_width: int | None = None, labels: bool = True, conf: bool = True) -> Path:
+        """Write `plot` to a file, in the format that its suffix says; missing folders are made.
+
+        Raises:
+            UserError: OpenCV can't write that format.
+        """
+        path = Path(path).expanduser()
+        save_image(path, self.plot(line_width, labels, conf))
+        return path
+
+    def crop(self) -> list[np.ndarray]:
+        """Each box's part of the image, whole pixels that hold the box; at least one pixel. Views: copy one to draw on it."""
         width, height = self.size
         crops = []
-        for x1, y1, x2, y2 in self.found.xyxy.tolist():
+        for x1, y1, x2, y2 in self.xyxy.tolist():
             left, top = min(int(x1), width - 1), min(int(y1), height - 1)
             crops.append(self.image[top : max(math.ceil(y2), top + 1), left : max(math.ceil(x2), left + 1)])
         return crops
 
-    def _label(self, cls: int, conf: float, style: Style) -> str:
-        if not style.labels:
-            return ""
-        return f"{self.names[cls]} {conf:.2f}" if style.conf else self.names[cls]
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: path, width, height, and of each box class, name, confidence and xyxy."""
+        columns = zip(self.cls.tolist(), self.labels, self.conf.tolist(), self.xyxy.tolist(), strict=True)
+        boxes = [{"class": c, "name": name, "confidence": conf, "xyxy": xyxy} for c, name, conf, xyxy in columns]
+        width, height = self.size
+        return {"path": self.path, "width": width, "height": height, "boxes": boxes}
+
+    def to_json(self) -> str:
+        """`to_dict` on one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def pandas(self) -> pandas.DataFrame:
+        """A row for each box: xmin, ymin, xmax, ymax, confidence, class, name.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return table(self, self.xyxy, ("xmin", "ymin", "xmax", "ymax"))
+
+    def supervision(self) -> supervision.Detections:
+        """The boxes for supervision's trackers, annotators and metrics.
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        names = np.array(self.labels, dtype=str)
+        return import_extra("supervision").Detections(self.xyxy.astype(np.float32), confidence=self.conf.astype(np.float32), class_id=self.cls,
+                                                      data={"class_name": names})
+
+
+def table(result: Result, boxes: np.ndarray, columns: Sequence[str]) -> pandas.DataFrame:
+    """A row for each of the result's boxes: `boxes` (n, 4) in any form under the names of `columns`, then confidence, class, name."""
+    values = dict(zip(columns, boxes.T, strict=True)) | {"confidence": result.conf, "class": result.cls, "name": result.labels}
+    return import_extra("pandas").DataFrame(values)
 
 
 class Tally:

@@ -119,7 +119,7 @@ class ResultWriter:
         out, stem = self.outputs, self._stems.of(frame.path)
         name = stem if frame.video is None else f"{stem}_{frame.index + 1}"
         if out.images:
-            self._write_picture(frame, result.drawn(out.style), stem)
+            self._write_picture(frame, result.plot(*out.style), stem)
         if out.txt:
             save_labels(self.folder / "labels", name, result.found, np.array(result.size), out.txt_conf)
         if out.crops:
@@ -161,7 +161,7 @@ class ResultWriter:
 def save_crops(folder: Path, name: str, result: Result) -> None:
     """folder/CLASS/name.jpg for each box, then name2.jpg, name3.jpg…; a file that exists is left alone."""
     next_number: dict[Path, int] = {}
-    for cls, crop in zip(result.found.cls, result.crops(), strict=True):
+    for cls, crop in zip(result.found.cls, result.crop(), strict=True):
         place = folder / file_name(result.names[cls])
         place.mkdir(parents=True, exist_ok=True)
         number = next_number.get(place, 1)
