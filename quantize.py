@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_classes(model.names, val.names, config.single_cls, config.weights)
     imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
     network = model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
-    return 0 if Quantization(config, kind, network, train, val, imgsz).run() else 1
+    return 0 if Quantization(config, kind, network, train, val, imgsz, model.spec.fused).run() else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python train.py --weights yolov5n.pt --data my_data.yaml
     python train.py --resume
     python train.py --cfg yolov5s-shuffle.yaml --teacher runs/train/yolov5m/weights/best.pt --data my_data.yaml
+    python train.py --weights runs/train/exp/weights/best.pt --qat --data my_data.yaml
     torchrun --nproc_per_node 2 train.py --cfg yolov5s.yaml --data coco128.yaml
 """
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.fit import Training
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
+    from utils.training.qat import to_fine_tune
     from utils.training.runs import create_folder, new_run, resumed_run
     from utils.training.sparsity import Sparsity, build_sparsity
 
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             model, transfer = build_for_training(config.cfg, config.weights, train_split.names)
             info(f"{config.weights}: {transfer}" if transfer else "weights: random")
+            if config.qat:
+                model = to_fine_tune(model, transfer.left, config.weights)
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
         freeze_rows(model, config.freeze)

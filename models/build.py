@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +59,26 @@ def build_rows(spec: ModelSpec) -> Rows:
         if layer.module != "Detect":
             _check_output(layer, kept[layer.row], width)
         modules.append(module.train())
-    if spec.widths:
-        narrow(nn.ModuleList(modules), spec.widths, spec.origin)
-        for layer, module in zip(spec.layers, modules, strict=True):
-            kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
-            module.train()
-    maps = kept[len(modules) - 1]
+    strides = [_stride(raw, spec.layers[-1]) for raw in kept[len(modules) - 1]]
     shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
-    return Rows(modules, shapes, [_stride(raw, spec.layers[-1]) for raw in maps])
+    # The widths of a fused network are of layers that are not there yet.
+    return Rows(modules, narrow_rows(spec, modules) if spec.widths and not spec.fused else shapes, strides)
+
+
+@torch.no_grad()
+def narrow_rows(spec: ModelSpec, modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
+    """Narrow a network's rows as its spec says; their shapes then, as of `Rows`. In training mode.
+
+    Raises:
+        UserError: a layer that is not there, or numbers that don't fit each other.
+    """
+    narrow(nn.ModuleList(modules), spec.widths, spec.origin)
+    kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, _DRY_RUN_PX, _DRY_RUN_PX)}
+    work = _Work()
+    for layer, module in zip(spec.layers, modules, strict=True):
+        kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
+        module.train()
+    return [_shape(kept[row]) for row in range(len(modules) - 1)]
 
 
 def inputs_of(layer: LayerSpec, kept: Mapping[int, Any]) -> Any:

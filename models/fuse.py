@@ -18,24 +18,29 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _TIMM_CONV, _TIMM_NORMS = "Conv2dSame", ("BatchNormAct2d", "SyncBatchNormAct")
 
 
-@torch.no_grad()
 def fuse(model: Model, probe_px: int = 64) -> Model:
-    """A new model in eval mode, re-parameterised, with every convolution -> batch norm pair folded.
+    """A new model in eval mode, re-parameterised, with every convolution -> batch norm pair folded: see `fold`."""
+    fused = copy.deepcopy(model).eval()
+    fold(fused, probe_px)
+    return fused
+
+
+@torch.no_grad()
+def fold(model: nn.Module, probe_px: int = 64) -> None:
+    """Merge branches and fold batch norms of a model in eval mode, in place; again, it does nothing.
 
     A block with branches to merge has a `reparameterize()` that does so in place, for all that it contains, at equal outputs. Pairs are found by
     running an image of `probe_px` and following the tensors, not by the names or the order of attributes, so that users' own blocks fold too.
     A convolution whose output has another use than its batch norm stays as it is.
     """
-    fused = copy.deepcopy(model).eval()
-    _reparameterize(fused)
-    parameter = next(fused.parameters())
-    trace = _Trace(fused)
+    _reparameterize(model)
+    parameter = next(model.parameters())
+    trace = _Trace(model)
     trace.run(torch.zeros(1, 3, probe_px, probe_px, device=parameter.device, dtype=parameter.dtype))
-    parents = {child: (parent, name) for parent in fused.modules() for name, child in parent.named_children()}
+    parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for conv, norm in trace.pairs():
         setattr(*parents[conv], fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
         setattr(*parents[norm], nn.Sequential(*norm.children()) if any(norm.children()) else nn.Identity())
-    return fused
 
 
 def _reparameterize(module: nn.Module) -> None:

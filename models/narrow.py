@@ -35,16 +35,42 @@ def narrow(rows: nn.ModuleList, widths: Mapping[str, Sizes], origin: str) -> Non
             raise UserError(f"{origin}: widths of {name}: {error}") from None
 
 
+def widths_of(rows: nn.ModuleList, whole: nn.ModuleList, moves: Mapping[str, Sizes]) -> dict[str, tuple[int | None, ...]]:
+    """The widths that `narrow` makes the network `whole` into `rows` with.
+
+    Args:
+        moves: where to find those of modules with a `narrow()` of their own, whose sizes don't show.
+    """
+    widths = {}
+    for name, module in rows.named_modules():
+        if hasattr(module, "narrow"):
+            sizes = moves.get(name, ())
+        else:
+            sizes = [new if new != old else None for new, old in zip(_sizes_of(module), _sizes_of(whole.get_submodule(name)), strict=True)]
+        if any(size is not None for size in sizes):
+            widths[name] = tuple(sizes)
+    return widths
+
+
+def _sizes_of(module: nn.Module) -> tuple[int, ...]:
+    """What `_narrow` takes, as it is."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.num_features,) if isinstance(module, nn.modules.batchnorm._NormBase) else ()
+
+
 def _narrow(module: nn.Module, sizes: Sizes) -> None:
     if hasattr(module, "narrow"):
         module.narrow(sizes)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        _narrow_convolution(module, *_sizes(sizes, (module.in_channels, module.out_channels)))
+        _narrow_convolution(module, *_sizes(sizes, _sizes_of(module)))
     elif isinstance(module, nn.Linear):
-        module.in_features, module.out_features = _sizes(sizes, (module.in_features, module.out_features))
+        module.in_features, module.out_features = _sizes(sizes, _sizes_of(module))
         _redraw(module, (module.out_features, module.in_features), module.out_features)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
-        (module.num_features,) = _sizes(sizes, (module.num_features,))
+        (module.num_features,) = _sizes(sizes, _sizes_of(module))
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.dim():
                 left = tensor.detach()[: module.num_features].clone()

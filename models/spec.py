@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
 
 IMAGE = -1  # the source row that stands for the input image
-_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths")
+_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths", "fused")
 _IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
 _DETECT = "[[17, 20, 23], 1, Detect, [nc, anchors]]"
 _LARGEST = 100_000  # of every setting
@@ -53,12 +53,15 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     rows: tuple[tuple[list[Any], ...], tuple[list[Any], ...]]  # backbone and head as written
     widths: Mapping[str, tuple[int | None, ...]]  # of a pruned network: layer -> its channels, see models/narrow.py
+    fused: bool = False  # without batch norms, as train.py --qat leaves it: its layers, and those that widths name, are the fused network's
 
     def to_dict(self) -> dict[str, Any]:
         anchors = self.anchors if isinstance(self.anchors, int) else [list(level) for level in self.anchors]
         settings = {"nc": self.nc, "depth_multiple": self.depth_multiple, "width_multiple": self.width_multiple, "anchors": anchors}
         if self.activation:
             settings["activation"] = self.activation
+        if self.fused:
+            settings["fused"] = True
         if self.widths:
             settings["widths"] = {name: list(sizes) for name, sizes in self.widths.items()}
         return settings | {"backbone": [list(row) for row in self.rows[0]], "head": [list(row) for row in self.rows[1]]}
@@ -94,6 +97,9 @@ class ModelSpec:
         act = content.get("activation")
         if act is not None and not isinstance(act, str):
             raise UserError(f"{origin}: activation must be a name such as nn.LeakyReLU(0.1), found {act!r}")
+        fused = content.get("fused", False)
+        if not isinstance(fused, bool):
+            raise UserError(f"{origin}: fused must be true or false, found {fused!r}")
         rows = tuple(content["backbone"]), tuple(content["head"])
         words = _WORDS | {"nc": classes, "anchors": anchors}
         layers = []
@@ -102,7 +108,7 @@ class ModelSpec:
                 layers.append(_layer(row, len(layers), f"{origin}: row {len(layers)} ({part} {n})", depth, words))
         _check_blocks(layers, origin)
         _check_detect(layers, classes, anchors, origin)
-        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows, _widths(content.get("widths") or {}, origin))
+        return cls(origin, classes, depth, width, anchors, act, tuple(layers), rows, _widths(content.get("widths") or {}, origin), fused)
 
 
 def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:

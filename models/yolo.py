@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.build import build_rows, inputs_of
-from models.fuse import fuse
+from models.build import build_rows, inputs_of, narrow_rows
+from models.fuse import fold, fuse
 from models.head import Detect, decode
+from models.narrow import widths_of
 from models.spec import IMAGE, ModelSpec, load_spec
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint
 from utils.errors import UserError
@@ -21,7 +22,7 @@ class DetectionModel(nn.Module):
     """A detector built from a spec: images (B, 3, H, W) in 0..1 -> raw maps, one (B, A, H/s, W/s, 5 + nc) for each level.
 
     Attributes:
-        spec: the data it was built from.
+        spec: the data it was built from, and can be built from again.
         names: class names, `nc` of them.
         row_shapes: (C, H, W) of each row but Detect for an image of 256 x 256; of each level where a row makes several.
         model: one module for each row, so that keys read `model.{row}.…`.
@@ -36,8 +37,13 @@ class DetectionModel(nn.Module):
         rows = build_rows(spec)
         self.model = nn.ModuleList(rows.modules)
         self.row_shapes = rows.shapes
-        self.head.set_strides(rows.strides)
         self._needed_later = {s for layer in spec.layers for s in layer.sources}
+        if spec.fused:
+            fold(self.eval(), 2 * max(rows.strides))
+            self.train().requires_grad_(True)
+            if spec.widths:
+                self.row_shapes = narrow_rows(spec, self.model)
+        self.head.set_strides(rows.strides)
 
     @property
     def head(self) -> Detect:
@@ -86,6 +92,17 @@ class DetectionModel(nn.Module):
     def fused(self) -> DetectionModel:
         """A copy for inference, batch norms folded away."""
         return fuse(self, 2 * self.max_stride)
+
+    def folded(self) -> DetectionModel:
+        """The fused network as one to train and to keep: all of it learns, and its spec says what it is. Itself if it is one already."""
+        if self.spec.fused:
+            return self
+        model = self.fused().requires_grad_(True)
+        model.spec = dataclasses.replace(self.spec, fused=True, widths={})
+        if self.spec.widths:
+            whole = DetectionModel(model.spec, self.names)
+            model.spec = dataclasses.replace(model.spec, widths=widths_of(model.model, whole.model, self.spec.widths))
+        return model
 
 
 class Transfer(NamedTuple):

@@ -49,7 +49,7 @@ class Quantizer(Protocol):
 
     layers: tuple[str, ...]
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path) -> None: ...
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None: ...
 
     def write(self, path: Path, metadata: ExportMetadata) -> None: ...
 
@@ -106,10 +106,11 @@ def attempts(
 class Int8Files:
     """A float file and the int8 files made of it, in a folder for a while."""
 
-    def __init__(self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path) -> None:
+    def __init__(self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
         """
         Args:
             job: of the float file.
+            tuned: the network was trained to compute in int8 (train.py --qat), and its biases stay as they are.
 
         Raises:
             UserError: the network can't be converted.
@@ -118,7 +119,7 @@ class Int8Files:
         self.float_path = self._new("float")
         with foreign_errors(f"{kind.name}: this network can't be converted"):
             kind.write(job, self.float_path)
-            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder)
+            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, tuned)
         self.path_of: dict[tuple[str, ...], Path] = {}  # by the layers that stay float
 
     @property

@@ -33,11 +33,12 @@ class OnnxQuantizer:
         layers: those that can be int8, by the names that they have in the network, in its order.
     """
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path) -> None:
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
         """
         Args:
             source: exported by `to_onnx`.
             folder: for its own files, which must live as long as it does.
+            tuned: the network was trained for int8: nothing changes here, as no bias is corrected.
         """
         onnx, preparation = import_extra("onnx"), import_extra("onnxruntime.quantization.shape_inference")
         self._images, self._path, self._ranges = images, folder / "prepared.onnx", folder / "ranges.json"

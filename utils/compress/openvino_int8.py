@@ -20,12 +20,13 @@ _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Grou
 class OpenvinoQuantizer:
     """A float OpenVINO model to int8 ones that differ in which layers stay float; attributes as of OnnxQuantizer."""
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path) -> None:
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
         """
         Args:
             source: the folder of an exported model.
+            tuned: its biases were trained in int8 (train.py --qat): correcting them would undo it.
         """
-        self._core, self._xml, self._images = import_extra("openvino").Core(), find_exported(source), images
+        self._core, self._xml, self._images, self._tuned = import_extra("openvino").Core(), find_exported(source), images, tuned
         operations = self._core.read_model(self._xml).get_ordered_ops()
         sources = {op.get_friendly_name(): [value.get_node().get_friendly_name() for value in op.input_values()] for op in operations}
         weighted = [op.get_friendly_name() for op in operations if op.get_type_name() in _WEIGHTED]
@@ -45,7 +46,7 @@ class OpenvinoQuantizer:
                 self._core.read_model(self._xml), nncf.Dataset(self._images), preset=nncf.QuantizationPreset.MIXED, subset_size=len(self._images),
                 fast_bias_correction=True, ignored_scope=nncf.IgnoredScope(names=stay, validate=False),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    overflow_fix=nncf.OverflowFix.ENABLE, activations_range_estimator_params=ranges.MINMAX),
+                    overflow_fix=nncf.OverflowFix.ENABLE, disable_bias_correction=self._tuned, activations_range_estimator_params=ranges.MINMAX),
             )
         stamp_openvino(model, metadata)
         import_extra("openvino").save_model(model, folder / self._xml.name, compress_to_fp16=False)

@@ -45,13 +45,15 @@ class Row(NamedTuple):
 class Quantization:
     """What quantize.py does with a network and its data."""
 
-    def __init__(self, config: QuantizeConfig, kind: Format, network: Detector, train: Split, val: Split, imgsz: int) -> None:
+    def __init__(self, config: QuantizeConfig, kind: Format, network: Detector, train: Split, val: Split, imgsz: int,
+                 tuned: bool = False) -> None:
         """
         Args:
             network: fused, float32, on the CPU.
             imgsz: in whole strides, pixels.
+            tuned: the network was fine-tuned for int8.
         """
-        self.config, self.kind, self.network, self.val = config, kind, network, val
+        self.config, self.kind, self.network, self.val, self.tuned = config, kind, network, val, tuned
         self.weights = Path(config.weights).expanduser()
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
         stride = max(*network.strides, _PAD_STRIDE) if config.dynamic else None
@@ -62,11 +64,12 @@ class Quantization:
     def run(self) -> bool:
         """Write the int8 file; whether it loses no more than it may."""
         config, stem = self.config, self.weights.with_suffix("")
-        info(f"int8: {self.weights.name} to {self.kind.name}, calibrated on {len(self.images)} training images of "
+        tuned = " (fine-tuned for int8)" if self.tuned else ""
+        info(f"int8: {self.weights.name}{tuned} to {self.kind.name}, calibrated on {len(self.images)} training images of "
              f"{' x '.join(map(str, self.job.metadata.imgsz))} px; {machine(_CPU)}; the processor has {cpu_int8()}")
         pytorch = self.score(self.network)  # first: its loader's workers must not be forked beside another runtime's threads
         with TemporaryDirectory() as folder:
-            files = Int8Files(self.job, self.kind, self.images, Path(folder))
+            files = Int8Files(self.job, self.kind, self.images, Path(folder), self.tuned)
             reference = self.score(open_network(files.float_path))
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]

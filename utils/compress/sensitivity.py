@@ -5,15 +5,15 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.compress.rounding import WEIGHT_LEVELS, Hooks, round_input, round_weight, weighted_layers
 from utils.files import atomic_write
 
-_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _TINY = 1e-12
 
 
@@ -31,7 +31,7 @@ class _Ranges(NamedTuple):
 
 
 @torch.inference_mode()
-def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = 64) -> list[Sensitivity]:
+def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = WEIGHT_LEVELS) -> list[Sensitivity]:
     """The network's layers, the most sensitive first: a forward pass each.
 
     A layer's input is rounded to 256 levels of its range and its weights to `levels` on each side of 0, by channel; the mean of its output is kept,
@@ -40,9 +40,9 @@ def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = 64) ->
     Args:
         network: fused, in eval mode; images (B, 3, H, W) in 0..1 -> raw maps.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, _LAYERS)}
+    layers = weighted_layers(network)
     ranges: dict[str, _Ranges] = {}
-    with _Hooks() as hooks:
+    with Hooks() as hooks:
         for name, layer in layers.items():
             hooks.add(layer.register_forward_hook(_measure_into(ranges, name)))
         reference = network(images)
@@ -74,27 +74,12 @@ def write_sensitivities(path: Path, found: Sequence[Sensitivity], kept: Sequence
         writer.writerows([layer, f"{sqnr_db:.3f}", int(layer in kept)] for layer, sqnr_db in found)
 
 
-def round_weight(weight: Tensor, levels: int, axis: int = 0) -> Tensor:
-    """To whole steps of the largest value of each output channel, which lies `levels` of them from 0."""
-    others = [dim for dim in range(weight.ndim) if dim != axis]
-    step = weight.abs().amax(others, keepdim=True).clamp(min=_TINY) / levels
-    return (weight / step).round() * step
-
-
-def round_input(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """To 256 levels from `low` to `high`, of which one is 0."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    step = ((high - low) / 255).clamp(min=_TINY)
-    zero = (-low / step).round()
-    return ((x / step + zero).round().clamp(0, 255) - zero) * step
-
-
 def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images: Tensor, levels: int) -> Sequence[Tensor]:
     """The network's maps with this layer in int8."""
     kept = layer.weight.data
     layer.weight.data = round_weight(kept, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
     try:
-        with _Hooks() as hooks:
+        with Hooks() as hooks:
             hooks.add(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
             hooks.add(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
             return network(images)
@@ -112,20 +97,3 @@ def _measure_into(ranges: dict[str, _Ranges], name: str) -> Callable:
 def _channel_mean(output: Tensor) -> Tensor:
     """Of (B, C, H, W), or of a linear layer's (…, C), to add to it."""
     return output.mean((0, 2, 3), keepdim=True) if output.ndim == 4 else output.mean(tuple(range(output.ndim - 1)))
-
-
-class _Hooks:
-    """Hooks that are gone when the block ends."""
-
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
-
-    def add(self, handle: Any) -> None:
-        self._handles.append(handle)
-
-    def __enter__(self) -> _Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
+from utils.compress.rounding import rounded
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
@@ -31,6 +32,7 @@ from utils.training.ema import ModelEma
 from utils.training.engine import EpochResult, random_resize, same_size, train_epoch
 from utils.training.loss import DetectionLoss
 from utils.training.optim import build_optimizer, load_optimizer
+from utils.training.qat import QuantizationAware
 from utils.training.runs import Run
 from utils.training.schedule import progress, settings, warmup_steps
 from utils.training.sparsity import GAMMA_BINS, Sparsity
@@ -65,7 +67,10 @@ class Training:
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
         self.distillation = distillation
         self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
-        learner = distillation or model  # what has weights to move
+        self.quantization = QuantizationAware.of(model, train_split, config) if config.qat else None
+        if distillation and self.quantization:
+            distillation.student = self.quantization
+        learner = distillation or self.quantization or model  # what has weights to move
         # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
         optimizer = build_optimizer(learner, config.optimizer, hyp, config.batch_size)
         self.sparsity = sparsity
@@ -75,6 +80,7 @@ class Training:
         self.result: ValResult | None = None
         if run.state:
             self._restore(run.state)
+        self._calibrate()
 
     def run(self) -> None:
         """Train to the last epoch, the time limit or the end of patience; last.pt is whole after each epoch."""
@@ -84,6 +90,7 @@ class Training:
             trained = self.train_one_epoch(epoch, _eta(self.state, self.config.epochs, self.config.time_limit * 60))
             if self.sparsity.soft_pruning:
                 self.sparsity.soft_pruning(self.model, self.stepper.ema.model)
+            self._calibrate()
             stop = False
             if self.world.rank == 0:
                 self._validate(epoch)
@@ -108,7 +115,9 @@ class Training:
         best = self.run_dir / "weights" / "best.pt"
         model = copy.deepcopy(self.stepper.ema.model)
         model.load_state_dict(cast_floats(load_checkpoint(best).state_dict, torch.float32))
-        result = validate(model.fused(), self.val_loader, self.val_split, self.device, self.dtype)
+        if self.quantization:
+            self.quantization.ranges = self.quantization.measure(model)
+        result = validate(self._for_inference(model), self.val_loader, self.val_split, self.device, self.dtype)
         if not self.config.noplots:
             plot_results(self.run_dir / "results.csv", self.run_dir / "results.png")
             if self.sparsity.slimming:
@@ -118,7 +127,11 @@ class Training:
         info(f"weights:  {best} ({best.stat().st_size / 1e6:.1f} MB), and last.pt beside it to --resume from")
         if not self.config.noplots:
             info(f"pictures: {self.run_dir / 'results.png'}, PR_curve.png, confusion_matrix.png, val_batch0.jpg and more beside them")
-        info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
+        if self.quantization:
+            info("scores:   as int8 computes; the file itself is made, and scored, by")
+            info(f"next:     python quantize.py --weights {best} --data {self.config.data} --to openvino    (or --to onnx)")
+        else:
+            info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
 
     def _load_data(self) -> None:
         config, stride = self.config, self.model.pad_stride
@@ -165,12 +178,20 @@ class Training:
         weights = counts @ need
         return weights + max(weights.max(), 1.0) * 1e-3  # images without boxes stay possible
 
+    def _calibrate(self) -> None:
+        """--qat: ranges as the averaged network has them now, for its validation and for the next epoch."""
+        if self.quantization:
+            self.quantization.calibrate(self.stepper.ema.model, self.world)
+
+    def _for_inference(self, model: torch.nn.Module) -> torch.nn.Module:
+        return rounded(model, self.quantization.ranges) if self.quantization else model.fused()
+
     def _validate(self, epoch: int) -> None:
         last = epoch + 1 == self.config.epochs
         if self.config.noval and not last:
             self.result = None
             return
-        network = self.stepper.ema.model.fused()
+        network = self._for_inference(self.stepper.ema.model)
         self.result = validate(network, self.val_loader, self.val_split, self.device, self.dtype, criterion=self.criterion)
         self.state.class_ap = np.nan_to_num(self.result.scores.per_class_ap).tolist()
 

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.files import ROOT, find_file, new_run_dir, write_yaml
 from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.log import info
+from utils.training.qat import fine_tuning
 from utils.training.state import TrainState
 
 _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
@@ -34,8 +35,9 @@ def new_run(given: dict[str, Any]) -> Run:
     """A run of these settings, its files named so that --resume finds them from any folder.
 
     Raises:
-        UserError: a file is not there, or a teacher's settings are given without one, or leave nothing to learn from it.
+        UserError: a file is not there, or a teacher's settings are given without one, or leave nothing to learn from it; or what --qat can't do.
     """
+    given = fine_tuning(given) if given.get("qat") else given
     config = TrainConfig(**given)
     _check_teacher(config, given)
     paths: dict[str, Any] = {"data": str(find_data_yaml(config.data))}
