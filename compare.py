@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.plugin import load_plugin
     from utils.compare.comparison import Comparison
     from utils.compare.entrants import find_entrants, image_size
-    from utils.device import keep_freed_memory
+    from utils.cpu import keep_freed_memory
     from utils.log import info
 
     keep_freed_memory()

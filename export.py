@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.plugin import load_plugin
     from models.yolo import model_from_checkpoint
     from utils.checkpoint import load_checkpoint
-    from utils.device import keep_freed_memory, select_device
+    from utils.cpu import keep_freed_memory
+    from utils.device import select_device
     from utils.export.check import check_images
     from utils.export.formats import ExportJob, choose_formats
     from utils.export.metadata import ExportMetadata

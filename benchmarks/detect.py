@@ -20,14 +20,16 @@ import torch
 
 from benchmarks.interleaved import print_table, report, run_in_turn
 from models.yolo import load_model
+from utils.cpu import keep_freed_memory
 from utils.data.augment import letterbox
 from utils.data.sources import open_source
 from utils.deploy.pipeline import detect
 from utils.deploy.predictor import Predictor
 from utils.deploy.results import Result
 from utils.deploy.writer import Outputs, ResultWriter
-from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes
+from utils.device import compute_dtype, describe, peak_memory_bytes
 from utils.evaluate.matching import Detections
+from utils.network import TorchRunner
 from utils.nms import NmsOptions, non_max_suppression
 
 _CPU = torch.device("cpu")
@@ -92,7 +94,7 @@ def plain(args: argparse.Namespace, out: Path) -> None:
         return model.decode(model(rgb[None].float() / 255)), geometry
 
     def suppress(predictions: torch.Tensor, geometry: Any) -> Detections:
-        found = non_max_suppression(predictions, NmsOptions())[0].double().numpy()
+        found = non_max_suppression(predictions[0].numpy(), NmsOptions())
         return Detections(geometry.back(found[:, :4]), found[:, 4], found[:, 5].astype(int))
 
     decode, infer, suppress = clock.timed("decode", capture.read), clock.timed("inference", infer), clock.timed("NMS", suppress)
@@ -118,7 +120,7 @@ def whole(args: argparse.Namespace, out: Path, precision: str) -> None:
     dtype = compute_dtype(precision, _CPU)
     model = load_model(args.weights)
     network = model.fused().to(memory_format=torch.channels_last)
-    predictor = Predictor(network, model.names, _STRIDE, (args.imgsz, args.imgsz), NmsOptions(), _CPU, dtype)
+    predictor = Predictor(TorchRunner(network, _CPU, dtype), model.names, _STRIDE, (args.imgsz, args.imgsz), NmsOptions())
     tally = detect(open_source(args.video), predictor, ResultWriter(lambda: out, Outputs()))
     clock.ms |= {"inference": tally.inference_ms, "NMS": tally.nms_ms}
     clock.report(tally.seconds, tally.images, tally.boxes, dtype)

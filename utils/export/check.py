@@ -110,7 +110,8 @@ def compare(reference: Network, exported: Network, batches: Iterable[Tensor], to
     boxes = unmatched = 0
     for pair in pairs:
         for ours, others in (pair, pair[::-1]):
-            for final, image in zip(non_max_suppression(ours, options), others, strict=True):
+            for own, image in zip(ours.numpy(), others, strict=True):
+                final = torch.from_numpy(non_max_suppression(own, options))
                 boxes += len(final)
                 unmatched += _without_partner(final, image, tolerance)
     return Agreement(_distance(pairs, slice(0, 4)), _distance(pairs, slice(4, None)), sum(len(a) for a, _ in pairs), boxes, unmatched, threshold)

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from utils.device import PRECISION, autocast, cpu_has_native_bf16
+from utils.cpu import cpu_has_native_bf16
+from utils.device import PRECISION, autocast
 from utils.errors import UserError
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, is_installed
