@@ -152,6 +152,23 @@ def test_of_equal_confidences_the_earlier_comes_first():
     assert suppress(predictions.flip(1), 0.1, 0.5)[0][:, 0].tolist() == [195, 49, 45]
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ties_equal_brute_force(options):
+    """Confidences of four values, corners on a coarse grid: many equal boxes and confidences, and IoUs at the threshold itself."""
+    for seed in range(6):
+        predictions = random_predictions(80, 3, seed, spread=60)
+        predictions[..., :4] = (predictions[..., :4] / 8).round().clamp(min=1) * 8
+        predictions[..., 4:] = (predictions[..., 4:] * 2).round().clamp(min=1) / 2
+        for iou_thres in (0.25, 0.5):
+            (ours,) = suppress(predictions, 0.1, iou_thres, **options)
+            torch.testing.assert_close(ours, brute_force(predictions[0], 0.1, iou_thres, **options), rtol=0, atol=0)
+
+
+def test_an_iou_at_the_threshold_is_not_above_it():
+    boxes = torch.tensor([[[8.0, 8, 16, 16, 0.9, 1], [8, 4, 16, 8, 0.8, 1]]])  # the upper half: IoU 0.5
+    assert len(suppress(boxes, 0.1, 0.5)[0]) == 2 and len(suppress(boxes, 0.1, 0.499)[0]) == 1
+
+
 def test_boxes_of_two_classes_never_meet():
     """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
     for size in (10.0, 1e4, 1e5):
