@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.view_img:
         check_display()
     source = open_source(config.source, config.vid_stride)
-    if is_exported(config.weights):
+    if is_exported(config.weights) and not config.augment:
         from utils.export.weights import open_exported as open_weights
     else:
         from models.plugin import load_plugin
@@ -45,16 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data)
-    runner = weights.runner
     if config.augment:
-        from utils.device import DTYPE
         from utils.evaluate.tta import Augmented
-        from utils.network import TorchRunner
 
-        runner = TorchRunner(Augmented(weights.network), weights.device, DTYPE[weights.precision])
+        weights = dataclasses.replace(weights, network=Augmented(weights.network))
     imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
-    predictor = Predictor(runner, weights.names, weights.pad_stride, imgsz, options)
+    predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)
     outputs = Outputs(not config.nosave, config.save_txt, config.save_conf, config.save_csv, config.save_crop, style, config.vid_stride)

@@ -20,13 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ValConfig, argv, "Score a checkpoint on a data set.")
     wait_politely()
     # PyTorch and what needs it come in only now, so that --help answers at once.
-    import torch
-
     from models.plugin import load_plugin
     from models.weights import open_weights
     from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits, val_loader
-    from utils.device import DTYPE
     from utils.evaluate.official import pycocotools_scores
     from utils.evaluate.output import save_json, save_txt
     from utils.evaluate.table import score_table
@@ -43,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)
-    device, dtype = torch.device(weights.device), DTYPE[weights.precision]
-    loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, device)
+    loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, weights.device)
     network = Augmented(weights.network) if config.augment else weights.network
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
-    result = validate(network, loader, split, device, dtype, nms, single_cls=config.single_cls)
+    result = validate(network, loader, split, weights.device, weights.dtype, nms, single_cls=config.single_cls)
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))
     info(f"speed: {result.speed.load:.1f} ms waiting for images, {result.speed.inference:.1f} ms inference, {result.speed.nms:.1f} ms NMS an image "
          f"at {imgsz} px, batch {config.batch_size}, on {weights.description}")

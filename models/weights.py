@@ -1,34 +1,56 @@
 """One door for all weights: a checkpoint or an exported file, as a network ready for inference."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from models.yolo import model_from_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.cpu import PrecisionName
-from utils.device import PRECISION, compute_dtype, describe, select_device
-from utils.export.backends import is_exported
-from utils.export.weights import OpenWeights, open_exported
+from utils.device import compute_dtype, describe, select_device
+from utils.export.backends import ExportedNetwork, is_exported
+from utils.export.weights import OpenNetwork, open_exported
 from utils.network import TorchRunner
+from utils.runner import Runner
 
 
-def open_weights(weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "") -> OpenWeights:
+@dataclass(frozen=True)
+class OpenWeights(OpenNetwork):
+    """A network that takes tensors, too (`Network`, utils/network.py), as validation does.
+
+    Attributes:
+        device, dtype: where its images go, and the type of its convolutions and matrix products there.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def runner(self) -> Runner:
+        return self.network if isinstance(self.network, ExportedNetwork) else TorchRunner(self.network, self.device, self.dtype)
+
+
+def open_weights(
+    weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
+) -> OpenWeights:
     """The network of a checkpoint, or of an exported file in its own runtime.
 
     Args:
         device, precision: as on the command line.
         data: the data YAML that names the classes of an exported file that tells none.
+        at_once: callers that will run images side by side, for which a runtime divides its threads; `images_at_once` where None.
 
     Raises:
         UserError: no such file, not a whole one, or not for this device.
     """
     if is_exported(weights):
-        return open_exported(weights, device, precision, data, data_root)
+        return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
+                           dtype=torch.float32)
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
     checkpoint = load_checkpoint(weights)
     model = model_from_checkpoint(checkpoint, weights)
     network = model.fused().to(chosen, memory_format=torch.channels_last)
     imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
-    return OpenWeights(weights, TorchRunner(network, chosen, dtype), network, model.names, model.max_stride, model.pad_stride, imgsz, None,
-                       str(chosen), PRECISION[dtype], describe(chosen, dtype))
+    return OpenWeights(weights, network, model.names, model.max_stride, model.pad_stride, imgsz, None, describe(chosen, dtype), chosen, dtype)

@@ -169,6 +169,8 @@ class QuantizeConfig(DataOptions):
 class CompareConfig(DataOptions, Common):
     cfg: tuple[str, ...] = option((), "model YAMLs, or patterns such as 'models/*.yaml'", nargs="+", type=str)
     weights: tuple[str, ...] = option((), "checkpoints to compare as they are", nargs="+", type=str)
+    formats: str = option("", "instead: this checkpoint and the exported files beside it: size, mAP with --data, latency, start-up time",
+                          metavar="best.pt")
     data: str = option("", "train and score on this data YAML, found as given or in data/; without it costs are measured only")
     imgsz: int | None = option(None, f"image size, pixels (default: that of --weights, else {DEFAULT_IMGSZ})", type=int, check=SIZE,
                                aliases=("--img", "--img-size"))

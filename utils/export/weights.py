@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.config import DEFAULT_IMGSZ
 from utils.cpu import PrecisionName, cpu_precision
@@ -14,12 +15,12 @@ from utils.export.backends import open_network
 from utils.runner import Runner
 
 
-class OpenWeights(NamedTuple):
-    """A network ready for inference, in place.
+@dataclass(frozen=True)
+class OpenNetwork:
+    """A network in place with what those who feed it need to know.
 
     Attributes:
-        runner: of arrays, for detection.
-        network: of tensors (`Network`, utils/network.py), for validation: its images go to `device`, and are computed with in `precision` there.
+        network: ready for inference.
         names: of its classes.
         max_stride: image sides are multiples of it, pixels.
         pad_stride: images are padded to multiples of it; None: to the whole of `fixed`.
@@ -29,16 +30,18 @@ class OpenWeights(NamedTuple):
     """
 
     path: str
-    runner: Runner
     network: Any
     names: tuple[str, ...]
     max_stride: int
     pad_stride: int | None
     imgsz: tuple[int, int] | None
     fixed: tuple[int, int] | None
-    device: str
-    precision: str
     description: str
+
+    @property
+    def runner(self) -> Runner:
+        """It, as detection wants it."""
+        return self.network
 
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]:
         """(height, width) in whole strides: as asked, with one number for both; else as it was made for; else the usual one.
@@ -65,12 +68,15 @@ class OpenWeights(NamedTuple):
         return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
 
 
-def open_exported(weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "") -> OpenWeights:
+def open_exported(
+    weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
+) -> OpenNetwork:
     """The network of an exported file in its own runtime.
 
     Args:
         device, precision: as on the command line.
         data: the data YAML that names the classes of a file that tells none.
+        at_once: callers that will run images side by side, for which the runtime divides its threads; `images_at_once` where None.
 
     Raises:
         UserError: no such file, not a whole one, or not for this device.
@@ -78,6 +84,5 @@ def open_exported(weights: str, device: str, precision: PrecisionName, data: str
     if device.strip().lower() not in ("", "cpu"):
         raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
-    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names)
-    return OpenWeights(weights, network, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, "cpu", "fp32",
-                       network.description)
+    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)
+    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description)
