@@ -11,6 +11,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.export.metadata import foreign_facts, metadata_from_props
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
 from utils.network import images_at_once
 
@@ -106,10 +107,10 @@ class ExportedNetwork:
 def open_network(
     path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
 ) -> ExportedNetwork:
-    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+    """The network of an .onnx or .torchscript file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
 
     Args:
-        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime computes in what the file holds.
+        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime and TorchScript compute in what the file holds.
         names: gives the classes of a file that tells none.
         threads: PyTorch's number where None.
         at_once: callers that will run images side by side; as many as `inference_threads` starts where None.
@@ -122,6 +123,8 @@ def open_network(
     at_once = min(at_once or images_at_once(_CPU), threads)
     if found.suffix == ".onnx":
         return ExportedNetwork(found, OnnxSession(found, threads, at_once), names)
+    if found.suffix == TORCHSCRIPT_SUFFIX:
+        return ExportedNetwork(found, TorchscriptSession(found, threads), names)
     session = OpenvinoSession(found, threads, at_once, bf16)
     session.props = _beside(found) | session.props
     return ExportedNetwork(found, session, names)
@@ -130,11 +133,11 @@ def open_network(
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml") or path.name.endswith(OPENVINO_SUFFIX)
+    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith(OPENVINO_SUFFIX)
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx or .xml file; of a folder the .xml in it.
+    """The .onnx, .torchscript or .xml file; of a folder the .xml in it.
 
     Raises:
         UserError: there is none.

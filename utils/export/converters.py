@@ -36,7 +36,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
     """
     images = images.contiguous()
     names = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
-    with quiet(), _plain_attention():
+    with quiet(), plain_attention():
         try:
             axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
             torch.onnx.export(network, (images,), str(path), **names, dynamic_axes=axes, dynamo=False)
@@ -55,7 +55,7 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
     openvino = import_extra("openvino")
     images = images.contiguous()
     shape = [-1 if dynamic and axis in _FREE else side for axis, side in enumerate(images.shape)]
-    with quiet(), _plain_attention():
+    with quiet(), plain_attention():
         model = openvino.convert_model(trace(network, images), example_input=images, input=[shape])
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
@@ -72,7 +72,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """nn.MultiheadAttention as matrix products: without gradients it is one operator that only PyTorch knows."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -12,6 +12,7 @@ from utils.export.backends import OPENVINO_SUFFIX
 from utils.export.converters import to_onnx, to_openvino
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX, save_torchscript
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
 
@@ -73,11 +74,16 @@ def write_openvino(job: ExportJob, folder: Path) -> None:
     import_extra("openvino").save_model(model, folder / f"{Path(job.metadata.source).stem}.xml", compress_to_fp16=job.half)
 
 
+def write_torchscript(job: ExportJob, path: Path) -> None:
+    save_torchscript(InferenceGraph(job.network, half=job.half), job.example(), path, job.metadata)
+
+
 FORMATS = {
     format.name: format
     for format in (
         Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx),
         Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino),
+        Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
     )
 }
 
