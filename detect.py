@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_source(config.source, config.vid_stride)
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data)
+    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     network = Augmented(weights.network) if config.augment else weights.network

@@ -15,6 +15,8 @@ from utils.data.spec import load_data_spec
 from utils.device import PrecisionName, compute_dtype, describe, select_device
 from utils.errors import UserError
 from utils.export.backends import ExportedNetwork, is_exported, open_network
+from utils.export.metadata import GraphNms
+from utils.log import warn
 from utils.network import Network
 
 
@@ -29,6 +31,7 @@ class OpenWeights(NamedTuple):
         fixed: (height, width) where it takes no other images.
         device, dtype: where its images go, and the type of its convolutions and matrix products there.
         description: device or runtime, threads and precision.
+        nms: of a file that suppresses boxes itself.
     """
 
     path: str
@@ -41,6 +44,7 @@ class OpenWeights(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     description: str
+    nms: GraphNms | None = None
 
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]:
         """(height, width) in whole strides: as asked, with one number for both; else as it was made for; else the usual one.
@@ -54,6 +58,11 @@ class OpenWeights(NamedTuple):
             own, wanted = (" ".join(map(str, sides)) for sides in (self.fixed, size))
             raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
         return self.fixed or size
+
+    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None:
+        """One line where its own suppression keeps fewer boxes than asked for."""
+        if self.nms and (limits := self.nms.falls_short(conf_thres, iou_thres, max_det)):
+            warn(f"{self.path}: {limits}")
 
     def square_size(self, asked: int | None) -> int:
         """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
@@ -96,4 +105,4 @@ def _open_exported(weights: str, device: str, precision: PrecisionName, data: st
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network: ExportedNetwork = open_network(weights, bf16=bf16, names=names)
     return OpenWeights(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, cpu, torch.float32,
-                       network.description)
+                       network.description, network.nms)

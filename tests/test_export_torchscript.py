@@ -15,10 +15,9 @@ from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.export.backends import open_network
-from utils.export.converters import quiet, trace
+from utils.export.converters import quiet, to_torchscript, trace
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata
-from utils.export.torchscript import save_torchscript
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = torch.zeros(2, 3, 64, 96)
@@ -32,7 +31,7 @@ def tiny(tmp_path_factory) -> DetectionModel:
 @pytest.fixture
 def file(tiny, tmp_path: Path) -> Path:
     metadata = ExportMetadata.of(tiny, (64, 96), dynamic=False, precision="fp32", source="tiny.pt")
-    save_torchscript(InferenceGraph(tiny), IMAGES, tmp_path / "tiny.torchscript", metadata)
+    to_torchscript(InferenceGraph(tiny), IMAGES, tmp_path / "tiny.torchscript", metadata)
     return tmp_path / "tiny.torchscript"
 
 

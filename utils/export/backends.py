@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.boxes import xyxy_to_cxcywh
 from utils.errors import UserError
 from utils.export.metadata import foreign_facts, metadata_from_props
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
@@ -30,6 +31,7 @@ class ExportedNetwork:
         strides: of the levels, pixels; of another project's file the largest alone.
         fixed: (height, width) of the images where it takes no other, else None.
         imgsz: (height, width) that it was made for, where it says so.
+        nms: where the file suppresses boxes itself, else None.
         description: runtime, version, precision and threads.
     """
 
@@ -53,6 +55,7 @@ class ExportedNetwork:
             if not told and names is None:
                 raise UserError(f"{path}: {_NO_NAMES}")
             self.names, self.strides = told or tuple(names()), (stride or _USUAL_STRIDE,)
+        self.nms = self.metadata.nms if self.metadata else None
         self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
         self.description = session.description
         self._check_boxes(session.outputs)
@@ -68,6 +71,9 @@ class ExportedNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float in 0..1 -> (B, N, 5 + C) float32; a file of a fixed batch size runs as often as that takes.
+
+        Where the file suppresses boxes itself, N is its `max_det`: what it keeps, each with its own class alone, then zeros. Suppressed once more
+        they stay what they are, so that who reads them need not know.
 
         Raises:
             UserError: images of another size than it takes, or a graph that fails on them.
@@ -94,14 +100,20 @@ class ExportedNetwork:
         except Exception as error:  # of a kernel: of any kind
             raise UserError(f"{self.path}: fails on images of {_size(images.shape[2:])} px: {short_reason(error)}") from None
         self._check_boxes(boxes.shape)
-        return boxes[:count]
+        return spread(boxes[:count], len(self.names)) if self.nms else boxes[:count]
 
     def _check_boxes(self, shape: Shape | None) -> None:
-        columns = 5 + len(self.names)
+        columns = 6 if self.nms else 5 + len(self.names)
         if shape is None or len(shape) != 3 or shape[2] not in (None, columns):
             found = "?" if shape is None else " x ".join("any" if side is None else str(side) for side in shape)
             raise UserError(f"{self.path}: its output is {found}, where a YOLOv5-like detector of its {len(self.names)} classes has "
                             f"images x boxes x {columns}: is it another kind of network, or --data of other classes?")
+
+
+def spread(final: np.ndarray, classes: int) -> np.ndarray:
+    """Final boxes (B, N, 6) of x1, y1, x2, y2, confidence, class -> (B, N, 5 + C), as a graph without suppression has them."""
+    numbers = np.arange(classes, dtype=final.dtype)
+    return np.concatenate((xyxy_to_cxcywh(final[..., :4]), final[..., 4:5], final[..., 5:6] == numbers), -1, dtype=final.dtype)
 
 
 def open_network(

@@ -1,7 +1,8 @@
-"""A network's graph out of PyTorch: to an ONNX file or to an OpenVINO model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX or TorchScript file or an OpenVINO model, traced on one batch of images."""
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from utils.export.metadata import CONFIG, KEY, ExportMetadata
 from utils.extras import import_extra, is_installed
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
     """
     images = images.contiguous()
     names = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": opset}
-    with quiet(), plain_attention():
+    with quiet(), _plain_attention():
         try:
             axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
             torch.onnx.export(network, (images,), str(path), **names, dynamic_axes=axes, dynamo=False)
@@ -55,11 +57,19 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
     openvino = import_extra("openvino")
     images = images.contiguous()
     shape = [-1 if dynamic and axis in _FREE else side for axis, side in enumerate(images.shape)]
-    with quiet(), plain_attention():
+    with quiet(), _plain_attention():
         model = openvino.convert_model(trace(network, images), example_input=images, input=[shape])
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     return model
+
+
+def to_torchscript(network: nn.Module, images: Tensor, path: Path, metadata: ExportMetadata) -> None:
+    """Write `network` as a TorchScript file that holds its metadata as texts; images as of `to_onnx`."""
+    config = {"shape": list(images.shape), "stride": max(metadata.strides), "names": dict(enumerate(metadata.names))}
+    with quiet(), _plain_attention():
+        traced = trace(network, images.contiguous(memory_format=torch.channels_last))
+        torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})
 
 
 @torch.no_grad()
@@ -72,7 +82,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
+def _plain_attention() -> Iterator[None]:
     """nn.MultiheadAttention as matrix products: without gradients it is one operator that only PyTorch knows."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

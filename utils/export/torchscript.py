@@ -1,7 +1,8 @@
-"""TorchScript: a network as a file that PyTorch, or libtorch, runs without its Python classes."""
+"""TorchScript files, which PyTorch runs without the network's Python classes: looked through first, as they hold a program."""
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -10,29 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.export.converters import plain_attention, quiet, trace
-from utils.export.metadata import KEY, ExportMetadata, metadata_from_props
+from utils.export.metadata import CONFIG, KEY, metadata_from_props
 from utils.export.sessions import Shape, short_reason
+from utils.extras import import_extra
 
 TORCHSCRIPT_SUFFIX = ".torchscript"
-_CONFIG = "config.txt"  # where YOLOv5's files say their shape, stride and names, as JSON
 _EXTRA = "/extra/"  # the folder of such texts in the archive
 _MOST_BYTES = 64 << 20  # of what is read as text
 _AT_LOADING = (b"__setstate__", b"torch.classes")  # what a file can run before anybody looks at its graph
 _ACTS_OUTSIDE = {"aten::save", "aten::from_file", "aten::manual_seed", "aten::seed", "prim::PythonOp", "prim::IgnoredPythonOp", "prim::CallMethod",
                  "prim::CallFunction", "prim::rpc_async", "prim::rpc_sync", "prim::rpc_remote"}  # fmt: skip
-
-
-def save_torchscript(graph: nn.Module, images: Tensor, path: Path, metadata: ExportMetadata) -> None:
-    """Write `graph`, traced on `images` (B, 3, H, W), with its metadata as texts in the same file."""
-    config = {"shape": list(images.shape), "stride": max(metadata.strides), "names": dict(enumerate(metadata.names))}
-    with quiet(), plain_attention():
-        traced = trace(graph, images.to(memory_format=torch.channels_last))
-        torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], _CONFIG: json.dumps(config)})
 
 
 class TorchscriptSession:
@@ -44,8 +34,10 @@ class TorchscriptSession:
 
     def __init__(self, path: Path, threads: int) -> None:
         texts = _texts(path)
+        self._torch = torch = import_extra("torch")  # here alone: files of other formats go without it
         try:
-            with quiet():
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r".*`torch\.jit\.\w+` is deprecated")
                 module = torch.jit.load(str(path), map_location="cpu").eval()
                 refused = sorted({kind for kind in _kinds(module.inlined_graph) if not _only_computes(kind)})
                 if refused:
@@ -55,7 +47,7 @@ class TorchscriptSession:
             raise
         except Exception as error:  # of the reader or the compiler: of any kind
             raise UserError(f"{path}: PyTorch can't load it, it may be cut off or of a newer PyTorch: {short_reason(error)}") from None
-        config = _config(texts.get(_CONFIG, ""))
+        config = _config(texts.get(CONFIG, ""))
         self.props = {KEY: texts[KEY]} if KEY in texts else {}
         self.props |= {key: repr(config[key]) for key in ("names", "stride") if key in config}
         metadata = metadata_from_props(self.props, str(path))
@@ -64,9 +56,10 @@ class TorchscriptSession:
         self.description = f"TorchScript {torch.__version__.partition('+')[0]}, {threads} threads"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        torch = self._torch
         with torch.inference_mode():
             outputs = self._network.forward(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
-        boxes = outputs if isinstance(outputs, Tensor) else outputs[0]  # YOLOv5's files give a tuple
+        boxes = outputs if isinstance(outputs, torch.Tensor) else outputs[0]  # YOLOv5's files give a tuple
         return boxes.numpy()
 
 
