@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.deploy.results import Style
     from utils.deploy.window import check_display
     from utils.deploy.writer import Outputs, ResultWriter
-    from utils.export.backends import is_exported
+    from utils.export.backends import is_exported, needs_torch
     from utils.files import new_run_dir
     from utils.log import info
     from utils.nms import NmsOptions
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.view_img:
         check_display()
     source = open_source(config.source, config.vid_stride)
-    if is_exported(config.weights) and not config.augment:
+    if is_exported(config.weights) and not needs_torch(config.weights) and not config.augment:
         from utils.export.weights import open_exported as open_weights
     else:
         from models.plugin import load_plugin
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from utils.evaluate.tta import Augmented
 
         weights = dataclasses.replace(weights, network=Augmented(weights.network))
+    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
+    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)

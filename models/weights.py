@@ -9,7 +9,7 @@ from models.yolo import model_from_checkpoint
 from utils.checkpoint import load_checkpoint
 from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
-from utils.export.backends import ExportedNetwork, is_exported
+from utils.export.backends import ExportedNetwork, is_exported, needs_torch
 from utils.export.weights import OpenNetwork, open_exported
 from utils.network import TorchRunner
 from utils.runner import Runner
@@ -28,7 +28,8 @@ class OpenWeights(OpenNetwork):
 
     @property
     def runner(self) -> Runner:
-        return self.network if isinstance(self.network, ExportedNetwork) else TorchRunner(self.network, self.device, self.dtype)
+        alone = isinstance(self.network, ExportedNetwork) and not needs_torch(self.network.path)
+        return self.network if alone else TorchRunner(self.network, self.device, self.dtype)
 
 
 def open_weights(
@@ -53,4 +54,4 @@ def open_weights(
     model = model_from_checkpoint(checkpoint, weights)
     network = model.fused().to(chosen, memory_format=torch.channels_last)
     imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
-    return OpenWeights(weights, network, model.names, model.max_stride, model.pad_stride, imgsz, None, describe(chosen, dtype), chosen, dtype)
+    return OpenWeights(weights, network, model.names, model.max_stride, model.pad_stride, imgsz, None, describe(chosen, dtype), None, chosen, dtype)

@@ -284,7 +284,7 @@ def test_what_is_not_there(files, tmp_path: Path):
 
 
 def test_which_files_are_exported(files):
-    assert all(map(is_exported, ("a.onnx", "x/best_openvino_model", "x/best_openvino_model/", "a.xml")))
+    assert all(map(is_exported, ("a.onnx", "a.torchscript", "x/best_openvino_model", "x/best_openvino_model/", "a.xml")))
     assert not any(map(is_exported, ("a.pt", "runs/exp", "best_openvino_model/a.pt")))
     folder = files["openvino static"]
     assert find_exported(folder) == find_exported(f"{folder}/") == find_exported(folder / "tiny.xml") == folder / "tiny.xml"

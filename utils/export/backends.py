@@ -9,11 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.boxes import Array
+from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError
 from utils.export.metadata import foreign_facts, metadata_from_props
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
 
 _USUAL_STRIDE = 32  # of a network that doesn't tell
@@ -31,6 +32,7 @@ class ExportedNetwork:
         strides: of the levels, pixels; of another project's file the largest alone.
         fixed: (height, width) of the images where it takes no other, else None.
         imgsz: (height, width) that it was made for, where it says so.
+        nms: where the file suppresses boxes itself, else None.
         description: runtime, version, precision and threads.
     """
 
@@ -54,6 +56,7 @@ class ExportedNetwork:
             if not told and names is None:
                 raise UserError(f"{path}: {_NO_NAMES}")
             self.names, self.strides = told or tuple(names()), (stride or _USUAL_STRIDE,)
+        self.nms = self.metadata.nms if self.metadata else None
         self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
         self.description = session.description
         self._check_boxes(session.outputs)
@@ -82,6 +85,9 @@ class ExportedNetwork:
         """(B, 3, H, W) float in 0..1 -> (B, N, 5 + C) float32, of an array an array, of a tensor a tensor.
 
         A file of a fixed batch size runs as often as that takes.
+
+        Where the file suppresses boxes itself, N is its `max_det`: what it keeps, each with its own class alone, then zeros. Suppressed once more
+        they stay what they are, so that who reads them need not know.
 
         Raises:
             UserError: images of another size than it takes, or a graph that fails on them.
@@ -112,23 +118,29 @@ class ExportedNetwork:
         except Exception as error:  # of a kernel: of any kind
             raise UserError(f"{self.path}: fails on images of {_size(images.shape[2:])} px: {short_reason(error)}") from None
         self._check_boxes(boxes.shape)
-        return boxes[:count]
+        return spread(boxes[:count], len(self.names)) if self.nms else boxes[:count]
 
     def _check_boxes(self, shape: Shape | None) -> None:
-        columns = 5 + len(self.names)
+        columns = 6 if self.nms else 5 + len(self.names)
         if shape is None or len(shape) != 3 or shape[2] not in (None, columns):
             found = "?" if shape is None else " x ".join("any" if side is None else str(side) for side in shape)
             raise UserError(f"{self.path}: its output is {found}, where a YOLOv5-like detector of its {len(self.names)} classes has "
                             f"images x boxes x {columns}: is it another kind of network, or --data of other classes?")
 
 
+def spread(final: np.ndarray, classes: int) -> np.ndarray:
+    """Final boxes (B, N, 6) of x1, y1, x2, y2, confidence, class -> (B, N, 5 + C), as a graph without suppression has them."""
+    numbers = np.arange(classes, dtype=final.dtype)
+    return np.concatenate((xyxy_to_cxcywh(final[..., :4]), final[..., 4:5], final[..., 5:6] == numbers), -1, dtype=final.dtype)
+
+
 def open_network(
     path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
 ) -> ExportedNetwork:
-    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+    """The network of an .onnx or .torchscript file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
 
     Args:
-        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime computes in what the file holds.
+        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime and TorchScript compute in what the file holds.
         names: gives the classes of a file that tells none.
         threads: `cpu_threads` where None.
         at_once: callers that will run images side by side; `images_at_once` where None.
@@ -141,6 +153,8 @@ def open_network(
     at_once = min(at_once or images_at_once(threads), threads)
     if found.suffix == ".onnx":
         return ExportedNetwork(found, OnnxSession(found, threads, at_once), names, at_once)
+    if found.suffix == TORCHSCRIPT_SUFFIX:
+        return ExportedNetwork(found, TorchscriptSession(found, threads), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
     session.props = _beside(found) | session.props
     return ExportedNetwork(found, session, names, at_once)
@@ -158,11 +172,16 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml") or path.name.endswith(OPENVINO_SUFFIX)
+    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith(OPENVINO_SUFFIX)
+
+
+def needs_torch(path: str | Path) -> bool:
+    """By its name alone: whether PyTorch itself runs an exported file, in threads that it must be told of."""
+    return Path(path).suffix == TORCHSCRIPT_SUFFIX
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx or .xml file; of a folder the .xml in it.
+    """The .onnx, .torchscript or .xml file; of a folder the .xml in it.
 
     Raises:
         UserError: there is none.

@@ -12,6 +12,8 @@ from utils.cpu import PrecisionName, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
 from utils.export.backends import open_network
+from utils.export.metadata import GraphNms
+from utils.log import warn
 from utils.runner import Runner
 
 
@@ -27,6 +29,7 @@ class OpenNetwork:
         imgsz: (height, width) that it was made for, where it says so.
         fixed: (height, width) where it takes no other images.
         description: device or runtime, threads and precision.
+        nms: of a file that suppresses boxes itself.
     """
 
     path: str
@@ -37,6 +40,7 @@ class OpenNetwork:
     imgsz: tuple[int, int] | None
     fixed: tuple[int, int] | None
     description: str
+    nms: GraphNms | None
 
     @property
     def runner(self) -> Runner:
@@ -55,6 +59,11 @@ class OpenNetwork:
             own, wanted = (" ".join(map(str, sides)) for sides in (self.fixed, size))
             raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
         return self.fixed or size
+
+    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None:
+        """One line where its own suppression keeps fewer boxes than asked for."""
+        if self.nms and (limits := self.nms.falls_short(conf_thres, iou_thres, max_det)):
+            warn(f"{self.path}: {limits}")
 
     def square_size(self, asked: int | None) -> int:
         """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
@@ -85,4 +94,5 @@ def open_exported(
         raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)
-    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description)
+    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description,
+                       network.nms)
