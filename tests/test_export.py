@@ -349,7 +349,7 @@ def test_a_network_that_no_converter_knows(tiny, tmp_path: Path, monkeypatch):
             return [torch.special.bessel_j0(raw) for raw in super().forward(images)]
 
     exotic = Exotic(tiny.spec, tiny.names).eval()
-    for kind in FORMATS.values():
+    for kind in (FORMATS["onnx"], FORMATS["openvino"]):
         with pytest.raises(UserError, match=f"^{kind.name}: this network can't be converted: .*bessel_j0"):
             produce(job_of(exotic), kind, tmp_path / "exotic", check_images()[:1], exotic, CPU)
     assert list(tmp_path.iterdir()) == []
