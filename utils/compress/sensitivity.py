@@ -1,17 +1,17 @@
 """How much each layer's rounding to 8 bits disturbs what the network finds, measured in PyTorch, one layer at a time."""
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.files import atomic_write
+from utils.files import write_csv
 
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _TINY = 1e-12
@@ -42,9 +42,9 @@ def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = 64) ->
     """
     layers = {name: module for name, module in network.named_modules() if isinstance(module, _LAYERS)}
     ranges: dict[str, _Ranges] = {}
-    with _Hooks() as hooks:
+    with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.add(layer.register_forward_hook(_measure_into(ranges, name)))
+            hooks.callback(layer.register_forward_hook(_measure_into(ranges, name)).remove)
         reference = network(images)
     found = []
     for name in tqdm([name for name in layers if name in ranges], desc="sensitivity", leave=False, dynamic_ncols=True):
@@ -68,10 +68,7 @@ def output_sqnr_db(reference: Sequence[Tensor], maps: Sequence[Tensor]) -> float
 
 def write_sensitivities(path: Path, found: Sequence[Sensitivity], kept: Sequence[str]) -> None:
     """As a spreadsheet: layer, SQNR, and whether it stayed float."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", "sqnr_db", "float"])
-        writer.writerows([layer, f"{sqnr_db:.3f}", int(layer in kept)] for layer, sqnr_db in found)
+    write_csv(path, ("layer", "sqnr_db", "float"), ((layer, f"{sqnr_db:.3f}", int(layer in kept)) for layer, sqnr_db in found))
 
 
 def round_weight(weight: Tensor, levels: int, axis: int = 0) -> Tensor:
@@ -94,9 +91,11 @@ def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images:
     kept = layer.weight.data
     layer.weight.data = round_weight(kept, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
     try:
-        with _Hooks() as hooks:
-            hooks.add(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
-            hooks.add(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
+        with ExitStack() as hooks:
+            rounded = layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:]))
+            corrected = layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean)
+            for handle in (rounded, corrected):
+                hooks.callback(handle.remove)
             return network(images)
     finally:
         layer.weight.data = kept
@@ -113,19 +112,3 @@ def _channel_mean(output: Tensor) -> Tensor:
     """Of (B, C, H, W), or of a linear layer's (…, C), to add to it."""
     return output.mean((0, 2, 3), keepdim=True) if output.ndim == 4 else output.mean(tuple(range(output.ndim - 1)))
 
-
-class _Hooks:
-    """Hooks that are gone when the block ends."""
-
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
-
-    def add(self, handle: Any) -> None:
-        self._handles.append(handle)
-
-    def __enter__(self) -> _Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
