@@ -3,7 +3,7 @@
     python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5
     python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5 --plan runs/prune/exp/plans/2.yaml
     python prune.py --weights best.pt --method l1 --ratio 0.3
-    python train.py --weights runs/prune/exp/pruned.pt --data bccd.yaml --epochs 50
+    python train.py --weights runs/prune/exp/pruned.pt --hyp hyp.finetune.yaml --data bccd.yaml --epochs 50
 
 A search that was interrupted goes on with the same command, --exist-ok and its folder's --name. pruned.yaml beside pruned.pt has the same widths
 without the weights: train.py --cfg trains them from scratch.
@@ -61,17 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     graph = channel_graph(model)
     pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz))
     folder = new_run_dir(config.project, config.name, config.exist_ok)
-    plan, left = pruning.run(folder)
-    save_pruned(folder / _PRUNED, left, imgsz)
-    report(pruning, plan, folder)
     whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / _PRUNED))
     costs = CompareConfig(weights=(whole.weights, pruned.weights), data=config.data, data_root=config.data_root, imgsz=imgsz, batches=(1,),
                           runtimes=("PyTorch fp32",), device=config.device, precision=config.precision, workers=config.workers,
                           single_cls=config.single_cls, noplots=config.noplots, project=str(folder), name="comparison")
-    comparison = Comparison(costs, [whole, pruned], profile)
+    comparison = Comparison(costs, [whole, pruned], profile)  # refuses another comparison's folder before anything in it is replaced
+    plan, left = pruning.run(folder)
+    save_pruned(folder / _PRUNED, left, imgsz)
+    report(pruning, plan, folder)
     comparison.run()
-    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} --data {config.data or 'DATA.yaml'} "
-         f"--imgsz {imgsz} --epochs 50")
+    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} --hyp hyp.finetune.yaml "
+         f"--data {config.data or 'DATA.yaml'} --imgsz {imgsz} --epochs 50")
     return 1 if comparison.failed else 0
 
 

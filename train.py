@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
         config = dataclasses.replace(config, batch_size=world.share(batch_size))
         print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
+        sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         run = dataclasses.replace(run, config=config, folder=folder)
-        sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         training = Training(model, run, train_split, val_split, device, world, distillation, sparsity)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()

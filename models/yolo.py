@@ -16,6 +16,7 @@ from models.narrow import widths_of
 from models.spec import IMAGE, ModelSpec, load_spec
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint
 from utils.errors import UserError
+from utils.log import info
 
 
 class DetectionModel(nn.Module):
@@ -146,9 +147,13 @@ def build_for_training(cfg: str, weights: str, names: Sequence[str]) -> tuple[De
 
 
 def _load_pretrained(model: DetectionModel) -> None:
-    """Rows that can start from weights of their own (`load_pretrained()`) take those that their arguments name."""
+    """Rows that can start from weights of their own (`load_pretrained()`) take those that their arguments name; pruned rows have no such weights."""
+    pruned = {int(name.partition(".")[0]) for name in model.spec.widths}
     for layer, module in zip(model.spec.layers, model.model, strict=True):
         if hasattr(module, "load_pretrained"):
+            if layer.row in pruned:
+                info(f"{layer.place}: starts from random weights: pretrained ones are for its whole width")
+                continue
             try:
                 module.load_pretrained()
             except UserError as error:

@@ -50,7 +50,7 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: False)
     model = tiny_model(tmp_path)
     save_checkpoint(tmp_path / "best.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
-    metadata = ExportMetadata.of(model.eval().fused(), (64, 64), dynamic=False, precision="fp32", source="best.pt")
+    metadata = ExportMetadata.of(model.eval().fused(), (64, 64), dynamic=True, precision="fp32", source="best.pt")
     FORMATS["onnx"].write(ExportJob(model.eval().fused().requires_grad_(False), metadata, opset=17), tmp_path / "best.onnx")
     (tmp_path / "best_cut.onnx").write_bytes((tmp_path / "best.onnx").read_bytes()[:1000])
     data = data_yaml(tmp_path)

@@ -1,6 +1,7 @@
 """Numbers of channels: limits and rounding by hand, budgets met on a real network."""
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from models.shuffle import ChannelSplit
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
-from utils.compress.importance import Scores
+from utils.compress.importance import Scores, gamma
 from utils.compress.plan import (
     Limits,
     best_of,
@@ -105,6 +106,21 @@ def test_a_group_without_a_finite_score_stays():
     graph = chain(4, 3)
     make = global_threshold(graph, Limits(0, 1), {"a.weight": np.array([1.0, 4, 2, 8]), "b.weight": np.full(3, np.inf)})
     assert make(0.5) == {"a.weight": 2, "b.weight": 3}
+
+
+def test_slimming_says_what_it_can_reach():
+    """A group without a norm stays, whatever the least share is."""
+    net = Net(lambda n, x: n.c(torch.cat((n.norm(n.a(x)), n.b(x)), 1)), a=conv(3, 8, bias=False), norm=nn.BatchNorm2d(8), b=conv(3, 24, bias=False),
+              c=conv(32, 2, bias=False))
+    graph = graph_of(net)
+    make = global_threshold(graph, Limits(0.1, 1), gamma(graph, net.state_dict()))
+    assert make(0) == {"a.weight": 1, "b.weight": 24}
+    cost = macs_share(graph, equal_scores(graph))
+    least = cost(make(0))
+    assert least == pytest.approx((3 + 4 + 3 * 24 + 2 * 25) / (3 * 8 + 4 * 8 + 3 * 24 + 2 * 32))
+    check_reachable(make, cost, least, "--target-flops")
+    with pytest.raises(UserError, match=rf"--target-flops 0.5: can't be reached: {math.ceil(1000 * least) / 1000:g} is the nearest"):
+        check_reachable(make, cost, 0.5, "--target-flops")
 
 
 def test_a_group_stays_whole_if_some_of_its_channels_pass_no_norm():

@@ -1,6 +1,7 @@
 """export.py, and val.py and detect.py on what it wrote: the checkpoint's boxes and mAP, whatever the format."""
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_map_of_photographs_is_the_checkpoints(kind: str, shared: Path, tmp_path
 def test_static_files_get_squares(place: Path, capfd, monkeypatch):
     """Of one checkpoint all formats find the same; so does the checkpoint on square images."""
     found = {scores(place, place / "static" / file, capfd=capfd) for file in FILES.values()}
-    monkeypatch.setattr("models.weights.open_weights", lambda *args: open_weights(*args)._replace(pad_stride=None))
+    monkeypatch.setattr("models.weights.open_weights", lambda *args: dataclasses.replace(open_weights(*args), pad_stride=None))
     assert found == {scores(place, place / "alone" / "tiny.pt", capfd=capfd)}
 
 

@@ -13,7 +13,19 @@ import pytest
 import yaml
 
 from utils.errors import USER_ERROR, UserError, script
-from utils.files import ROOT, atomic_folder, atomic_write, did_you_mean, find_file, is_writable, new_run_dir, read_yaml, remove_leftovers, write_yaml
+from utils.files import (
+    ROOT,
+    atomic_folder,
+    atomic_write,
+    did_you_mean,
+    find_file,
+    is_writable,
+    new_run_dir,
+    read_yaml,
+    remove_leftovers,
+    write_csv,
+    write_yaml,
+)
 
 # Finding
 
@@ -131,6 +143,14 @@ def test_a_write_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(path):
         pass  # nothing was written: the old file stays
     assert path.read_text() == "old"
+
+
+def test_a_spreadsheet_is_whole_or_not_at_all(tmp_path):
+    write_csv(tmp_path / "a.csv", ("name", "n"), iter([("é, ü", 1), ('"', "")]))
+    assert (tmp_path / "a.csv").read_bytes() == 'name,n\n"é, ü",1\n"""",\n'.encode()
+    with pytest.raises(ZeroDivisionError):
+        write_csv(tmp_path / "a.csv", ("n",), ((1 / n,) for n in (1, 0)))
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").startswith("name") and [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_killed_while_writing(tmp_path):

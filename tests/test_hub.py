@@ -200,7 +200,7 @@ def test_size_and_augment(model, place):
 
 
 def test_amp_computes_as_auto_does(model, place, monkeypatch):
-    monkeypatch.setattr("utils.device.cpu_has_native_bf16", lambda: True)
+    monkeypatch.setattr("utils.cpu.cpu_has_native_bf16", lambda: True)
     fp32 = model(place / "a.png").xyxy[0]
     model.amp = True
     mixed = model(place / "a.png").xyxy[0]

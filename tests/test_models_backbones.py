@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones import Level
+from models.prune import channel_graph, remove_channels
 from models.registry import find_block
 from models.spec import ModelSpec
 from models.summary import count_gflops
@@ -290,6 +292,19 @@ def test_a_training_starts_from_the_file(trained, tmp_path, monkeypatch, capsys)
     assert len(own) > 50 and all(torch.equal(value, trained[key]) for key, value in own.items())
     assert "lcnet_050: pretrained weights read from w.safetensors" in capsys.readouterr().out
     assert not torch.equal(start(tmp_path, False).model[0].net.state_dict()["conv_stem.weight"], trained["conv_stem.weight"])
+
+
+def test_a_pruned_backbone_starts_from_random_weights(trained, tmp_path, capsys):
+    """Those of its whole width don't fit it."""
+    model = network("lcnet_050", {"pretrained": str(tmp_path / "w.safetensors")}).eval()
+    graph = channel_graph(model)
+    group = max((group for group in graph.groups if group.name.startswith("model.0.")), key=lambda group: len(group.channels))
+    left = remove_channels(model, graph, graph.keep({group.name: np.arange(len(group.channels)) % 2 == 0}))
+    (tmp_path / "pruned.yaml").write_text(left.spec.to_yaml())
+    again, _ = build_for_training(str(tmp_path / "pruned.yaml"), "", ("a", "b"))
+    assert [p.shape for p in again.parameters()] == [p.shape for p in left.parameters()]
+    said = capsys.readouterr().out
+    assert "row 0 (backbone 0) Timm: starts from random weights: pretrained ones are for its whole width" in said and "read from" not in said
 
 
 def test_weights_that_are_named_come_after_the_file(trained, tmp_path):

@@ -17,6 +17,7 @@ from transplant import lived_in
 
 import compare
 import detect
+import export
 import prune
 import train
 import val
@@ -29,8 +30,11 @@ from models.yolo import DetectionModel, build_for_training, load_model
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
 from utils.compress.importance import l1
 from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
+from utils.compress.pruning import open_slices
 from utils.compress.report import save_pruned
+from utils.config import PruneConfig
 from utils.data.open import val_loader
+from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.files import ROOT
 from utils.hyp import Hyp
@@ -117,14 +121,52 @@ def test_a_search_that_is_interrupted_ends_as_if_it_had_not_been(place: Path, ca
 
     before, content = (parts / "candidates.json").read_bytes(), json.loads((parts / "candidates.json").read_text())
     capfd.readouterr()
-    others = (["--target-flops", "0.6"], "target-flops"), ([*search, "--seed", "1"], "seed and data"), ([*search, "--imgsz", "96"], "imgsz")
-    for flags, named in others:
+    others = ((["--target-flops", "0.6"], "is a search with another target-flops: "),
+              ([*search, "--seed", "1"], "is a search with another seed and data: "),
+              ([*search, "--imgsz", "96"], "holds a comparison with --imgsz 64: "))
+    for flags, line in others:
         assert run(place, *flags, "--candidates", "4", "--name", "parts", "--exist-ok") == 2
-        assert f"is a search with another {named}: " in capfd.readouterr().err and (parts / "candidates.json").read_bytes() == before
+        assert line in capfd.readouterr().err and (parts / "candidates.json").read_bytes() == before
     content["candidates"][0]["plan"]["model.0.conv.weight"] = 17
     (parts / "candidates.json").write_text(json.dumps(content))
     assert run(place, *search, "--candidates", "4", "--name", "parts", "--exist-ok") == 2
     assert "candidates.json: channels of model.0.conv.weight: 17 is not between 1 and 16" in capfd.readouterr().err
+
+
+def test_another_comparisons_folder_is_refused_before_anything_is_replaced(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "l1", "--ratio", "0.5", "--name", "kept", "--noplots"]
+    assert run(place, *flags) == 0
+    before = (place / "runs" / "kept" / "pruned.pt").read_bytes()
+    assert run(place, *flags, "--ratio", "0.3", "--imgsz", "96", "--exist-ok") == 2
+    assert "holds a comparison with --imgsz 64" in capfd.readouterr().err and (place / "runs" / "kept" / "pruned.pt").read_bytes() == before
+
+
+def test_without_a_search_nothing_is_scored_on(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    split = picture_split(tmp_path, [(64, 64)] * 9)
+    for method, plan, calib, images in (("l1", "", 128, 9), ("l1", "", 8, 8), ("eagleeye", "plan.yaml", 128, 8)):
+        slices = open_slices(split, PruneConfig(method=method, plan=plan, calib=calib), 64, 32)
+        assert sum(map(len, slices.estimation)) == images and not slices.held_out
+    assert capfd.readouterr().out == ""
+    with pytest.raises(UserError, match="its 9 training images are too few to re-estimate batch norms on some and score on others: 16 is the least"):
+        open_slices(split, PruneConfig(data="few.yaml"), 64, 32)
+    with pytest.raises(UserError, match="its 7 training images are too few to re-estimate batch norms on: 8 is the least; without --data"):
+        open_slices(split.take(range(7)), PruneConfig(method="l1", data="few.yaml"), 64, 32)
+
+
+def test_slimming_from_training_to_what_is_left(place: Path) -> None:
+    training = ["--cfg", str(model_yaml(place, width=16)), "--data", str(place / "tiny_data.yaml"), "--imgsz", "64", "--epochs", "2",
+                "--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--workers", "0", "--noplots", "--project", str(place / "train")]
+    assert train.main([*training, "--name", "slim", "--slim", "0.05"]) == 0
+    weights = place / "train" / "slim" / "weights" / "best.pt"
+    assert run(place, "--method", "slimming", "--ratio", "0.4", "--name", "slim", "--noplots", weights=weights) == 0
+    whole, left = load_model(str(weights)), load_model(str(place / "runs" / "slim" / "pruned.pt"))
+    scales = [layer.bn.weight.abs() for layer in whole.model[:-1]]
+    threshold = torch.cat(scales).sort().values[round(0.4 * 80)]
+    for own, layer in zip(scales, left.model[:-1], strict=True):
+        count = int((own >= threshold).sum())
+        assert max(2, count // 2 * 2) <= layer.conv.out_channels <= count + 1  # --round-to 2
+        stay = own.topk(layer.conv.out_channels).indices.sort().values
+        torch.testing.assert_close(layer.bn.weight.abs(), own[stay], rtol=1e-3, atol=1e-4)  # fp16
 
 
 def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +198,15 @@ def test_what_it_wrote_goes_on_to_every_script(place: Path) -> None:
     both = [str(place / "tiny.pt"), str(pruned)]
     assert compare.main(["--weights", *both, *data, *flags, "--runtimes", "PyTorch fp32", "--project", str(place / "compare")]) == 0
     training = [*data, *flags, "--batch-size", "8", "--epochs", "1", "--project", str(place / "train")]
-    assert train.main(["--weights", str(pruned), *training, "--name", "tuned"]) == 0
+    assert train.main(["--weights", str(pruned), "--hyp", "hyp.finetune.yaml", *training, "--name", "tuned"]) == 0
     weights = place / "train" / "tuned" / "weights"
     assert train.main(["--resume", str(weights / "last.pt"), "--epochs", "2"]) == 0
     assert load_checkpoint(weights / "best.pt").spec["widths"] == widths
     assert train.main(["--cfg", str(pruned.with_suffix(".yaml")), *training, "--name", "scratch"]) == 0
     scratch, tuned = (load_model(str(place / "train" / name / "weights" / "best.pt")) for name in ("scratch", "tuned"))
     assert [p.shape for p in scratch.parameters()] == [p.shape for p in tuned.parameters()]
+    assert export.main(["--weights", str(weights / "best.pt"), "--imgsz", "64"]) == 0
+    assert detect.main(["--weights", str(weights / "best.onnx"), "--source", str(place / "images" / "val"), "--project", str(place / "detect")]) == 0
     assert run(place, "--method", "l1", "--target-params", "0.5", "--name", "again", "--noplots", weights=weights / "best.pt") == 0
     again = place / "runs" / "again" / "pruned.pt"
     sizes = [sum(p.numel() for p in load_model(str(path)).parameters()) for path in (place / "tiny.pt", pruned, again)]

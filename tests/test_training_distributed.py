@@ -47,7 +47,7 @@ def learner(training: Training) -> nn.Module:
 
 def gathered(training: Training) -> dict[str, Tensor]:
     """The gradients of an epoch of two batches, gathered and not yet used."""
-    training.stepper.backward = lambda loss, settings: loss.backward()
+    training.stepper.backward = lambda loss, settings, images: loss.backward()
     training.stepper.step = lambda: None
     training.train_one_epoch(0)
     return {key: p.grad for key, p in learner(training).named_parameters()}

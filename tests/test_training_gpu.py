@@ -87,9 +87,9 @@ def test_fp16_steps_scale_their_gradients(tmp_path: Path) -> None:
     stepper = Stepper(model, build_optimizer(model, "SGD", Hyp(), 64), ModelEma(model), CUDA, torch.float16)
     weight, scale = model.model[0].conv.weight, stepper.scaler.get_scale()
     before = weight.detach().clone()
-    stepper.backward(weight.sum() * float("inf"), STEP)
+    stepper.backward(weight.sum() * float("inf"), STEP, 1)
     assert torch.equal(weight, before) and stepper.scaler.get_scale() == scale / 2
-    stepper.backward(weight.sum(), STEP)
+    stepper.backward(weight.sum(), STEP, 1)
     assert not torch.equal(weight, before) and weight.isfinite().all()
 
 

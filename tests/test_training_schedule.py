@@ -118,14 +118,25 @@ def test_stepper_accumulates_sums_and_steps() -> None:
     model, stepper, step = plain_stepper(accumulate=3)
     for n in range(3):
         assert model.weight.item() == 0 and stepper.ema.updates == 0
-        stepper.backward(model(torch.tensor([[float(n)]])).sum(), step)  # gradients 0, 1, 2
+        stepper.backward(model(torch.tensor([[float(n)]])).sum(), step, 1)  # gradients 0, 1, 2
     assert model.weight.item() == pytest.approx(-0.5 * 3) and stepper.ema.updates == 1
 
 
 def test_stepper_flushes_once_and_clips() -> None:
     model, stepper, step = plain_stepper(accumulate=9)
-    stepper.backward(model(torch.tensor([[1000.0]])).sum(), step)
+    stepper.backward(model(torch.tensor([[1000.0]])).sum(), step, 1)
     stepper.step()
     stepper.step()  # nothing gathered: nothing happens
     assert model.weight.item() == pytest.approx(-0.5 * 10, rel=1e-4), "the gradient's norm is cut to 10"
     assert stepper.ema.updates == 1 and model.weight.grad is None
+
+
+def test_a_penalty_is_for_the_images_that_a_step_gathered() -> None:
+    """During warm-up these are fewer than later, and an epoch's last are fewer too."""
+    model, stepper, step = plain_stepper(accumulate=3)
+    asked: list[int] = []
+    stepper.penalty = asked.append
+    for images, accumulate in ((4, 1), (4, 3), (4, 3), (4, 3), (4, 3), (2, 3)):
+        stepper.backward(model(torch.ones(1, 1)).sum(), step._replace(accumulate=accumulate), images)
+    stepper.step()
+    assert asked == [4, 12, 6]

@@ -7,6 +7,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from channels import Net, conv, graph_of
 from tiny import tiny_model, train_flags
 from torch import nn
 from transplant import lived_in
@@ -17,7 +18,10 @@ from models.yolo import DetectionModel, load_model
 from train import main
 from utils.compress.importance import fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
-from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning
+from utils.config import TrainConfig
+from utils.errors import UserError
+from utils.training.optim import freeze_rows
+from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning, build_sparsity
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
@@ -32,8 +36,10 @@ def test_the_penalty_is_the_subgradient_of_l1(tmp_path):
     first = scales(model)[0]
     with torch.no_grad():
         first[:3] = torch.tensor([-2.0, 0.0, 3.0])
-    slimming()
+    slimming(1)
     assert first.grad[:3].tolist() == [0.5, 1.0, 1.5]
+    slimming(2)  # images' losses are summed, and so is what each adds
+    assert first.grad[:3].tolist() == [-0.5, 1.0, 2.5]
     for name, parameter in model.named_parameters():
         assert name.endswith("bn.weight") or (parameter.grad == 1).all()
 
@@ -57,7 +63,7 @@ def test_zeroed_filters_can_go_without_a_trace(name, score):
     model = lived_in(DetectionModel(load_spec(name, 2)))
     average = copy.deepcopy(model)
     graph = channel_graph(model)
-    SoftPruning(graph, score, 0.4)(model, average)
+    SoftPruning(graph, model, score, 0.4)(model, average)
     keep = best_of(graph, uniform(graph, Limits(0.0, 1))(0.6), l2(graph, average.state_dict()))
     left = remove_channels(average, graph, keep)
     images = torch.rand(1, 3, 64, 64)
@@ -69,12 +75,44 @@ def test_zeroed_filters_can_go_without_a_trace(name, score):
 
 def test_gradients_find_zeroed_filters_again(tmp_path):
     model = lived_in(tiny_model(tmp_path))
-    SoftPruning(channel_graph(model), l2, 0.5)(model, copy.deepcopy(model))
+    SoftPruning(channel_graph(model), model, l2, 0.5)(model, copy.deepcopy(model))
     weight = model.model[0].conv.weight
     zero = weight.detach().flatten(1).norm(dim=1) == 0
     assert zero.sum() == len(weight) // 2
     sum(raw.square().sum() for raw in model.train()(torch.rand(2, 3, 64, 64))).backward()
     assert (weight.grad.flatten(1).norm(dim=1)[zero] > 0).all()
+
+
+def test_frozen_filters_are_left_alone(tmp_path):
+    model = lived_in(tiny_model(tmp_path))
+    freeze_rows(model, (1, 3))
+    before = copy.deepcopy(model.state_dict())
+    SoftPruning(channel_graph(model), model, l2, 0.5)(model, copy.deepcopy(model))
+    for row, layer in enumerate(model.model[:-1]):
+        zero = layer.conv.weight.flatten(1).norm(dim=1) == 0
+        assert zero.sum() == (0 if row in (1, 3) else len(zero) // 2)
+        assert all(torch.equal(tensor, before[f"model.{row}.{key}"]) for key, tensor in layer.state_dict().items()) == (row in (1, 3))
+
+
+def test_what_passes_through_a_frozen_layer_is_left_alone():
+    def forward(n: Net, x: torch.Tensor) -> torch.Tensor:
+        return n.d(n.c(n.norm(n.depthwise(n.a(x)))) + n.b(x))
+
+    for frozen in ("depthwise", "norm"):
+        net = Net(forward, a=conv(3, 4), depthwise=conv(4, 4, 3, groups=4), norm=nn.BatchNorm2d(4), c=conv(4, 6), b=conv(3, 6), d=conv(6, 2))
+        net.get_submodule(frozen).requires_grad_(False)
+        soft = SoftPruning(graph_of(net), net, l2, 0.5)
+        assert soft.plan == {"a.weight": 4, "c.weight": 3} and soft.groups == ["c.weight"]
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    (TrainConfig(slim=1e-4), "--slim: no channel of this network that can be removed passes a batch norm"),
+    (TrainConfig(soft_prune="sfp"), "--soft-prune: no layer of this network can lose filters"),
+])
+def test_nothing_to_work_on(settings, line):
+    net = Net(lambda n, x: n.norm(n.a(x)), a=conv(3, 4), norm=nn.BatchNorm2d(4))  # an output keeps its channels
+    with pytest.raises(UserError, match=line):
+        build_sparsity(settings, graph_of(net), net)
 
 
 @pytest.mark.parametrize("flags", [["--slim", "0.01"], ["--soft-prune", "sfp"], ["--soft-prune", "fpgm", "--soft-ratio", "0.3"]])

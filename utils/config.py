@@ -78,7 +78,7 @@ class TrainConfig(DataOptions, NewRun):
     save_period: int = option(-1, "also keep weights/epochN.pt every so many epochs", check=PERIOD)
     seed: int = option(0, "seed of everything random", check=SEED)
     slim: float = option(0.0, "network slimming: L1 on batch-norm scales, such as 1e-4, for prune.py --method slimming", check=NOT_NEGATIVE)
-    soft_prune: str = option("", "zero the weakest filters after each epoch, for prune.py --method sfp or fpgm", choices=("sfp", "fpgm"))
+    soft_prune: str = option("", "zero the weakest filters after each epoch, for prune.py --method sfp", choices=("sfp", "fpgm"))
     soft_ratio: float = option(0.5, "share of each layer's filters that --soft-prune zeroes", check=SHARE)
     qat: bool = option(False, "fine-tune --weights for int8 (quantization-aware): it computes as quantize.py's file will; see data/hyps/hyp.qat.yaml")
     time_limit: float = option(0.0, "train for so many minutes (and --epochs at most): the learning rate falls with the time; 0 sets no limit",

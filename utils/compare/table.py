@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.compare.rows import Column, Row, mean_and_std
-from utils.files import atomic_write
+from utils.files import atomic_write, write_csv
 
 _TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
 
@@ -31,10 +31,8 @@ def write_tables(path: Path, rows: Sequence[Row], columns: Sequence[Column], not
 
 def write_class_ap(path: Path, networks: Sequence[str], classes: Sequence[str], ap: np.ndarray) -> None:
     """mAP50-95 of each class (column) by each network (row); empty where the split has none of it."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["network", *classes])
-        writer.writerows([name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)] for name, values in zip(networks, ap, strict=True))
+    rows = ([name, *("" if np.isnan(value) else f"{value:.6g}" for value in values)] for name, values in zip(networks, ap, strict=True))
+    write_csv(path, ("network", *classes), rows)
 
 
 def problem_lines(rows: Sequence[Row]) -> list[str]:

@@ -14,7 +14,7 @@ from utils.data.loader import EpochBatches, make_loader
 from utils.errors import UserError
 from utils.log import info
 
-FEWEST = 8  # of which ranges say anything
+FEWEST = 8  # of which ranges, or a norm's statistics, say anything
 
 
 class CalibrationImages:

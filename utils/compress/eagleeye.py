@@ -13,6 +13,7 @@ from tqdm import tqdm
 from utils.compress.plan import Plan
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.log import warn
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Search:
                 self._write()
             best = self.best()[0]
             bar.set_postfix_str(f"best mAP {best.score:.4f} (number {best.number})")
+        if not self.best()[0].score:
+            warn("no candidate finds anything on the held-out images, so that the first is as good as any: ask for less, give --min-ratio, or check "
+                 "--data")
         return self.best()
 
     def best(self) -> list[Candidate]:

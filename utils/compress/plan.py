@@ -51,10 +51,10 @@ def uniform(graph: ChannelGraph, limits: Limits) -> Maker:
 def global_threshold(graph: ChannelGraph, limits: Limits, scores: Scores) -> Maker:
     """Of all groups together those above one threshold (network slimming); a group with a score that is not finite stays whole."""
     compared = {name: own for name, own in scores.items() if np.isfinite(own).all()}
-    everyone = np.sort(np.concatenate([*compared.values()] or [np.zeros(1)]))
+    everyone = np.append(np.sort(np.concatenate([*compared.values(), np.zeros(0)])), np.inf)  # at share 0 none is above it, however many are equal
 
     def make(share: float) -> Plan:
-        threshold = everyone[min(int((1 - share) * len(everyone)), len(everyone) - 1)] if share < 1 else -np.inf
+        threshold = everyone[int((1 - share) * (len(everyone) - 1))] if share < 1 else -np.inf
         return {group.name: limits.count(graph, group, int((compared[group.name] >= threshold).sum())) if group.name in compared
                 else len(group.channels) for group in graph.groups}
 
@@ -78,16 +78,23 @@ def best_of(graph: ChannelGraph, plan: Plan, scores: Scores) -> np.ndarray:
     A layer that takes a part of a group, as after ShuffleNet's split, or makes one, as before a concatenation that is summed with another layer's
     outputs, may be left with none: the best of its own stays too.
     """
-    rank = np.zeros(graph.count, int)
-    chosen = {}
+    return _first(graph, plan, _ranks(graph, scores))
+
+
+def _ranks(graph: ChannelGraph, scores: Scores) -> np.ndarray:
+    """(channels,) each one's place in its group, the best is 0."""
+    ranks = np.zeros(graph.count, int)
     for group in graph.groups:
-        own = np.argsort(np.argsort(-scores[group.name], kind="stable"))
-        rank[group.channels], chosen[group.name] = own, own < plan[group.name]
-    keep = graph.keep(chosen)
+        ranks[group.channels[np.argsort(-scores[group.name], kind="stable")]] = np.arange(len(group.channels))
+    return ranks
+
+
+def _first(graph: ChannelGraph, plan: Plan, ranks: np.ndarray) -> np.ndarray:
+    keep = graph.keep({group.name: ranks[group.channels] < plan[group.name] for group in graph.groups})
     for layer in graph.layers:
         for own in (layer.inputs, layer.outputs):
             if not keep[own].any():
-                keep[own[np.argmin(rank[own])]] = True
+                keep[own[np.argmin(ranks[own])]] = True
     return keep
 
 
@@ -129,10 +136,10 @@ def fill(graph: ChannelGraph, plan: Plan, cost: Cost, target: float, limits: Lim
 
 def macs_share(graph: ChannelGraph, scores: Scores) -> Cost:
     """Of the very channels that stay: after a split it matters which of a group's those are."""
-    whole = graph.macs(graph.everything)
-    return lambda plan: graph.macs(best_of(graph, plan, scores)) / whole
+    ranks, whole = _ranks(graph, scores), graph.macs(graph.everything)
+    return lambda plan: graph.macs(_first(graph, plan, ranks)) / whole
 
 
 def parameters_share(graph: ChannelGraph, scores: Scores, trained: list[str]) -> Cost:
-    whole = graph.parameters(graph.everything, trained)
-    return lambda plan: graph.parameters(best_of(graph, plan, scores), trained) / whole
+    ranks, whole = _ranks(graph, scores), graph.parameters(graph.everything, trained)
+    return lambda plan: graph.parameters(_first(graph, plan, ranks), trained) / whole

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.compress.calibration import FEWEST
 from utils.compress.eagleeye import Candidate, Search
 from utils.compress.graph import ChannelGraph
 from utils.compress.importance import fpgm, gamma, l1, l2
@@ -40,7 +41,6 @@ from utils.network import to_input
 
 _IMPORTANCE = {"eagleeye": l1, "l1": l1, "fpgm": fpgm, "sfp": l2, "slimming": gamma}
 _BATCH = 16
-_LEAST_IMAGES = 8  # of each slice
 _PLANS = 5  # of a search's best that are kept
 
 
@@ -71,22 +71,24 @@ class Slices(NamedTuple):
 
 
 def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> Slices:
-    """`--calib` and `--held-out` images of a training split, none in both, drawn by `--seed`.
+    """`--calib` and, for a search, `--held-out` images of a training split, none in both, drawn by `--seed`.
 
     Raises:
         UserError: the split has too few images.
     """
-    total, wanted = len(split.images), config.calib + config.held_out
-    if total < 2 * _LEAST_IMAGES:
-        raise UserError(f"{config.data}: its {total} training images are too few to re-estimate batch norms on some and score on others: "
-                        f"{2 * _LEAST_IMAGES} is the least{'' if _searches(config) else '; without --data norms stay as they are'}")
-    order = np.random.default_rng(config.seed).permutation(total)
-    first = config.calib if wanted <= total else max(_LEAST_IMAGES, min(total - _LEAST_IMAGES, round(total * config.calib / wanted)))
-    own, held = split.take(order[:first].tolist()), split.take(order[first : first + config.held_out].tolist())
-    if wanted > total:
-        info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
-    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, torch.device("cpu"))) if needed else []
-                             for part, needed in ((own, True), (held, _searches(config))))
+    total, first, searches = len(split.images), config.calib, _searches(config)
+    least = 2 * FEWEST if searches else FEWEST
+    if total < least:
+        what = "to re-estimate batch norms on some and score on others" if searches else "to re-estimate batch norms on"
+        raise UserError(f"{config.data}: its {total} training images are too few {what}: {least} is the least"
+                        f"{'' if searches else '; without --data norms stay as they are'}")
+    if config.method == "eagleeye" and (wanted := first + config.held_out) > total:  # a plan's norms, too, are those that its search gave it
+        first = max(FEWEST, min(total - FEWEST, round(total * first / wanted)))
+        if searches:
+            info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
+    order = np.random.default_rng(config.seed).permutation(total).tolist()
+    own, held = split.take(order[:first]), split.take(order[first : first + config.held_out] if searches else [])
+    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, torch.device("cpu"))) if part.images else [] for part in (own, held))
     return Slices([batch.images for batch in batches], held_batches, held, imgsz)
 
 

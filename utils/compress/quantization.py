@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
@@ -30,7 +30,6 @@ from utils.network import Network, infer
 from utils.plots.sensitivity import draw_sensitivities
 
 _CPU = torch.device("cpu")
-_PAD_STRIDE = 32  # of images for a graph that takes any size, at least
 _SENSITIVITY_IMAGES = 8
 _ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
 
@@ -57,7 +56,7 @@ class Quantization:
         self.config, self.kind, self.network, self.val, self.tuned = config, kind, network, val, tuned
         self.weights = Path(config.weights).expanduser()
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
-        stride = max(*network.strides, _PAD_STRIDE) if config.dynamic else None
+        stride = network.pad_stride if config.dynamic else None
         self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)
         self.job = ExportJob(network, ExportMetadata.of(
             network, (imgsz, imgsz), dynamic=config.dynamic, precision="fp32", source=self.weights.name))
@@ -75,7 +74,7 @@ class Quantization:
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})
-            rows = [Row("PyTorch fp32", pytorch, self.weights.stat().st_size), Row("float", reference, size_bytes(files.float_path)),
+            rows = [Row("PyTorch fp32", pytorch, _tensor_bytes(self.network)), Row("float", reference, size_bytes(files.float_path)),
                     Row("int8", best.scores, size_bytes(made))]
             info(table(rows, self.kind.name, timings))
             reached = best.drop <= config.max_drop
@@ -83,7 +82,7 @@ class Quantization:
             put(made, path, self.kind)
         if config.sensitivity:
             self._draw(stem, best)
-        self._conclude(best, path, reached)
+        self._conclude(best, path, reached, f"{max(map(len, files.path_of))} of {len(files.layers)} layers")
         return reached
 
     def score(self, network: Network) -> Scores:
@@ -110,21 +109,27 @@ class Quantization:
         return time_interleaved({name: run(network, layouts[name]) for name, network in networks.items()}, _ROUNDS, budget_s=_SECONDS)
 
     def _draw(self, stem: Path, best: Attempt) -> None:
-        path = stem.with_name(f"{stem.name}_int8_sensitivity")
-        write_sensitivities(path.with_suffix(".csv"), self.sensitivities, best.kept)
+        spreadsheet, picture = (stem.with_name(f"{stem.name}_int8_sensitivity{ending}") for ending in (".csv", ".png"))
+        write_sensitivities(spreadsheet, self.sensitivities, best.kept)
         order = {name: n for n, (name, _) in enumerate(self.network.named_modules())}
         bars = sorted(self.sensitivities, key=lambda sensitivity: order[sensitivity.layer])
-        draw_sensitivities(path.with_suffix(".png"), bars, best.kept, f"{self.weights.name}: one layer in int8 at a time")
-        info(f"sensitivity of each layer: {path}.csv and .png")
+        draw_sensitivities(picture, bars, best.kept, f"{self.weights.name}: one layer in int8 at a time")
+        info(f"sensitivity of each layer: {spreadsheet} and .png")
 
-    def _conclude(self, best: Attempt, path: Path, reached: bool) -> None:
+    def _conclude(self, best: Attempt, path: Path, reached: bool, most: str) -> None:
+        """`most`: how many layers were kept in float where it was most."""
         kept = f"; in float, the most sensitive first: {', '.join(best.kept)}" if best.kept else ""
         if reached:
             info(f"results: {path}, {best.drop:+.2f} points of mAP50-95 lost{kept}")
             info(f"    python val.py --weights {path} --data {self.config.data}")
         else:
-            warn(f"int8 loses {best.drop:.2f} points of mAP50-95, more than --max-drop {self.config.max_drop:g}, even with a quarter of the layers "
-                 f"in float: the best file is kept aside as {path}{kept}")
+            warn(f"int8 loses {best.drop:.2f} points of mAP50-95, more than --max-drop {self.config.max_drop:g}, with up to {most} in float: "
+                 f"the best file is kept aside as {path}{kept}")
+
+
+def _tensor_bytes(network: nn.Module) -> int:
+    """What the table's first line has to say: the checkpoint's own size is that of fp16, or of an optimizer too."""
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def table(rows: list[Row], runtime: str, timings: Timings) -> str:

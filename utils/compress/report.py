@@ -1,7 +1,6 @@
 """What a pruning did, in words, in a file and in pictures."""
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from utils.checkpoint import Checkpoint, cast_floats, save_checkpoint
 from utils.compress.plan import Plan
 from utils.compress.pruning import Pruning
-from utils.files import atomic_write
+from utils.files import atomic_write, write_csv
 from utils.log import info
 from utils.plots.pruning import draw_candidates, draw_widths
 
@@ -27,11 +26,9 @@ def report(pruning: Pruning, plan: Plan, folder: Path) -> None:
     """widths.csv, the pictures, and the names of what stays whole."""
     graph = pruning.graph
     layers = [(_short(group.name), len(group.channels), plan[group.name]) for group in graph.groups]
-    with atomic_write(folder / "widths.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", "layers that share its channels", "channels before", "channels after"])
-        writer.writerows([name, " ".join(map(_short, group.layers[1:])), before, after]
-                         for (name, before, after), group in zip(layers, graph.groups, strict=True))
+    write_csv(folder / "widths.csv", ("layer", "layers that share its channels", "channels before", "channels after"),
+              ((name, " ".join(map(_short, group.layers[1:])), before, after)
+               for (name, before, after), group in zip(layers, graph.groups, strict=True)))
     shares = ", ".join(f"{100 * pruning.costs[name](plan):.1f} % of the {name}" for name in ("flops", "params"))
     before, after = sum(n for _, n, _ in layers), sum(n for *_, n in layers)
     info(f"{after} of {before} channels in {len(layers)} groups of layers stay: {shares}")

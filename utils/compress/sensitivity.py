@@ -1,7 +1,6 @@
 """How much each layer's rounding to 8 bits disturbs what the network finds, measured in PyTorch, one layer at a time."""
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.compress.rounding import WEIGHT_LEVELS, Hooks, round_input, round_weight, weighted_layers
-from utils.files import atomic_write
+from utils.files import write_csv
 
 _TINY = 1e-12
 
@@ -68,10 +67,7 @@ def output_sqnr_db(reference: Sequence[Tensor], maps: Sequence[Tensor]) -> float
 
 def write_sensitivities(path: Path, found: Sequence[Sensitivity], kept: Sequence[str]) -> None:
     """As a spreadsheet: layer, SQNR, and whether it stayed float."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layer", "sqnr_db", "float"])
-        writer.writerows([layer, f"{sqnr_db:.3f}", int(layer in kept)] for layer, sqnr_db in found)
+    write_csv(path, ("layer", "sqnr_db", "float"), ((layer, f"{sqnr_db:.3f}", int(layer in kept)) for layer, sqnr_db in found))
 
 
 def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images: Tensor, levels: int) -> Sequence[Tensor]:

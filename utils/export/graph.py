@@ -14,6 +14,7 @@ class Detector(Protocol):
 
     names: Sequence[str]
     strides: Sequence[int]
+    pad_stride: int  # images are padded to multiples of it
     anchors_px: Tensor  # (levels, A, 2) width and height
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]: ...

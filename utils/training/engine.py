@@ -67,7 +67,7 @@ def train_epoch(
         loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
         parts = _finite_parts(loss, criterion.names, n)
         step = settings(n)
-        stepper.backward(loss.total * world, step)
+        stepper.backward(loss.total * world, step, len(images) * world)
         total += parts
         seen += len(images) * world
         rate = seen / (time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """Training towards a network from which channels can go: network slimming and soft filter pruning."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from utils.compress.importance import Scores, fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
 from utils.compress.trace import KEPT
 from utils.config import TrainConfig
-from utils.training.schedule import accumulation
+from utils.errors import UserError
 
 GAMMA_BINS = np.linspace(0, 2, 41)  # of the histogram of batch-norm scales
 _NEAR_ZERO = 0.01
@@ -23,7 +23,7 @@ class Slimming:
     """L1 on the batch-norm scales of channels that can be removed (Liu et al., ICCV 2017, equation 1).
 
     Args:
-        strength: the paper's lambda times the images that a step's loss sums over.
+        strength: the paper's lambda: of one image, as the loss sums over a step's images.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, strength: float) -> None:
@@ -31,11 +31,11 @@ class Slimming:
         self.scales = [parameters[key] for key in graph.norms if (graph.uses[key][0] != KEPT).any()]
         self.strength = strength
 
-    def __call__(self) -> None:
-        """Add the penalty's gradient to the scales' own, which must be unscaled."""
+    def __call__(self, images: int) -> None:
+        """Add the penalty's gradient to the scales' own, which must be unscaled and of so many images."""
         for scale in self.scales:
             if scale.grad is not None:
-                scale.grad.add_(scale.detach().sign(), alpha=self.strength)
+                scale.grad.add_(scale.detach().sign(), alpha=self.strength * images)
 
     def histogram(self) -> list[int]:
         """How many scales have a size in each of GAMMA_BINS; the last counts the larger ones too."""
@@ -52,14 +52,21 @@ class Slimming:
 class SoftPruning:
     """Zeroes the weakest filters after each epoch; the next epoch may bring them back (He et al., IJCAI 2018).
 
+    Channels that a frozen layer or norm makes or passes on are left alone: nothing would bring them back.
+
     Args:
         score: utils.compress.importance's `l2` (the paper's) or `fpgm`.
         ratio: share of each layer's filters.
     """
 
-    def __init__(self, graph: ChannelGraph, score: Callable[[ChannelGraph, Mapping[str, Tensor]], Scores], ratio: float) -> None:
+    def __init__(self, graph: ChannelGraph, model: nn.Module, score: Callable[[ChannelGraph, Mapping[str, Tensor]], Scores], ratio: float) -> None:
         self.graph, self.score = graph, score
-        self.plan = uniform(graph, Limits(0.0, 1))(1 - ratio)
+        self._zeroed = dict(_zeroed(graph))
+        frozen = [graph.uses[key][self._zeroed[key]] for key, p in model.named_parameters() if key in self._zeroed and not p.requires_grad]
+        left_alone = np.unique(np.concatenate([*frozen, np.zeros(0, int)]))
+        self.groups = [group.name for group in graph.groups if not np.isin(group.channels, left_alone).any()]
+        shares = uniform(graph, Limits(0.0, 1))(1 - ratio)
+        self.plan = {group.name: shares[group.name] if group.name in self.groups else len(group.channels) for group in graph.groups}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, average: nn.Module) -> None:
@@ -70,12 +77,17 @@ class SoftPruning:
         weights = model.state_dict()
         keep = best_of(self.graph, self.plan, self.score(self.graph, weights))
         for tensors in (weights, average.state_dict()):
-            for key, dims in self.graph.uses.items():
-                layer = self.graph.by_weight.get(key)
-                if layer is None and not key.endswith((".bias", ".running_mean")):
-                    continue
-                dim = layer.out_dim if layer and dims[layer.out_dim] is not None else 0
-                tensors[key].index_fill_(dim, torch.from_numpy(np.flatnonzero(~keep[dims[dim]])).to(tensors[key].device), 0)
+            for key, dim in self._zeroed.items():
+                gone = torch.from_numpy(np.flatnonzero(~keep[self.graph.uses[key][dim]]))
+                tensors[key].index_fill_(dim, gone.to(tensors[key].device), 0)
+
+
+def _zeroed(graph: ChannelGraph) -> Iterator[tuple[str, int]]:
+    """Tensors that are zeroed where a channel is, and along which dimension: filters, shifts and means."""
+    for key, dims in graph.uses.items():
+        layer = graph.by_weight.get(key)
+        if dims and (layer or key.endswith((".bias", ".running_mean"))):
+            yield key, layer.out_dim if layer and dims[layer.out_dim] is not None else 0
 
 
 class Sparsity(NamedTuple):
@@ -86,8 +98,16 @@ class Sparsity(NamedTuple):
 
 
 def build_sparsity(config: TrainConfig, graph: ChannelGraph, model: nn.Module) -> Sparsity:
-    """Of `--slim` and `--soft-prune`; a step's loss sums over its images, and so does the penalty."""
-    images = config.batch_size * accumulation(config.batch_size)
-    slimming = Slimming(graph, model, config.slim * images) if config.slim else None
+    """Of `--slim` and `--soft-prune`.
+
+    Raises:
+        UserError: this network has nothing that they work on.
+    """
+    slimming = Slimming(graph, model, config.slim) if config.slim else None
+    if slimming and not slimming.scales:
+        raise UserError("--slim: no channel of this network that can be removed passes a batch norm: leave it out")
     score = {"sfp": l2, "fpgm": fpgm}.get(config.soft_prune)
-    return Sparsity(slimming, SoftPruning(graph, score, config.soft_ratio) if score else None)
+    soft_pruning = SoftPruning(graph, model, score, config.soft_ratio) if score else None
+    if soft_pruning and not soft_pruning.groups:
+        raise UserError("--soft-prune: no layer of this network can lose filters and is free to bring them back: leave it out, or freeze fewer rows")
+    return Sparsity(slimming, soft_pruning)

@@ -17,21 +17,26 @@ class Stepper:
     """Gathers gradients over batches and steps when `accumulate` of them are in.
 
     Args:
-        penalty: adds to the gradients before each step, once they are unscaled and clipped.
+        penalty: adds to the gradients of so many images before each step, once they are unscaled and clipped.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEma, device: torch.device, dtype: torch.dtype,
-                 penalty: Callable[[], None] | None = None) -> None:
+                 penalty: Callable[[int], None] | None = None) -> None:
         self.model, self.optimizer, self.ema, self.device, self.dtype, self.penalty = model, optimizer, ema, device, dtype, penalty
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         # Only fp16 can underflow; elsewhere the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self._gathered = 0
+        self._gathered = self._images = 0
 
-    def backward(self, loss: Tensor, settings: StepSettings) -> None:
+    def backward(self, loss: Tensor, settings: StepSettings, images: int) -> None:
+        """
+        Args:
+            images: that the loss sums over, in all processes.
+        """
         apply_step(self.optimizer, settings)
         self.scaler.scale(loss).backward()
         self._gathered += 1
+        self._images += images
         if self._gathered >= settings.accumulate:
             self.step()
 
@@ -42,9 +47,9 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_GRAD_NORM)
         if self.penalty:
-            self.penalty()
+            self.penalty(self._images)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model)
-        self._gathered = 0
+        self._gathered = self._images = 0
