@@ -169,6 +169,11 @@ def test_an_iou_at_the_threshold_is_not_above_it():
     assert len(suppress(boxes, 0.1, 0.5)[0]) == 2 and len(suppress(boxes, 0.1, 0.499)[0]) == 1
 
 
+def test_boxes_without_an_area_suppress_no_other():
+    predictions = torch.tensor([[[50.0, 50, 30, 0, 0.9, 1.0], [200, 50, 0, 30, 0.8, 1.0], [90, 90, 0, 0, 0.7, 1.0], [50, 50, 30, 30, 0.6, 1.0]]])
+    assert len(suppress(predictions, 0.5, 0.5)[0]) == 4
+
+
 def test_boxes_of_two_classes_never_meet():
     """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
     for size in (10.0, 1e4, 1e5):

@@ -11,6 +11,7 @@ from utils.boxes import cxcywh_to_xyxy
 
 _MAX_CANDIDATES = 30_000  # of one image, best first: bounds the work on an untrained network's noise
 _STEP = 4  # candidates decided at a time for each box that may be kept
+_LEAST_SIDE_PX = 1e-4  # OpenCV takes any two boxes without an area for one
 _CLASS_SHIFT_PX = 2.0**24  # farther than any box reaches, so that boxes of two classes never overlap; exact in float64
 
 
@@ -75,7 +76,7 @@ def _suppress(xyxy: np.ndarray, conf: np.ndarray, cls: np.ndarray, options: NmsO
     The greedy loop is OpenCV's: as fast as torchvision's (benchmarks/nms.py), which would bring PyTorch along.
     """
     xywh = xyxy.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
+    xywh[:, 2:] = np.maximum(xywh[:, 2:] - xywh[:, :2], _LEAST_SIDE_PX)
     if not options.agnostic:
         xywh[:, 0] += cls * _CLASS_SHIFT_PX
     step = max(_STEP * options.max_det, 1024)
