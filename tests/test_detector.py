@@ -192,11 +192,12 @@ def test_boxes_are_those_of_detect_py(kind: str, place, files, tmp_path):
         ([], {}),
         (["--conf", "0.1", "--iou", "0.2", "--max-det", "7"], {"conf": 0.1, "iou": 0.2, "max_det": 7}),
         (["--conf", "0.05", "--classes", "1", "--imgsz", "96", "128"], {"conf": 0.05, "classes": [1], "imgsz": (96, 128)}),
-        (["--conf", "0.05", "--agnostic-nms"], {"conf": 0.05, "agnostic": True}),
+        (["--conf", "0.05", "--iou", "0", "--agnostic-nms"], {"conf": 0.05, "iou": 0, "agnostic": True}),
     ):
         expected = detect_py(path, place, tmp_path, *flags)
         assert len(expected) == 4 and sum(text.count("\n") for text in expected.values()) > 8
         assert lines_of(own(files, **settings)) == expected
+    assert lines_of(own(files, conf=0.05, iou=0)) != expected  # with suppression within classes
 
 
 def test_augment_is_that_of_detect_py(place, files, tmp_path):

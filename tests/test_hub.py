@@ -178,14 +178,14 @@ def test_attributes_are_settings(model, place):
         0.25, 0.45, None, 1000, False, False, False)  # fmt: skip
     model.conf = 0.05
     assert same_as(conf=0.05) and not same_as()
-    model.iou = 0.1
-    assert same_as(conf=0.05, iou=0.1) and not same_as(conf=0.05)
+    model.iou = 0
+    assert same_as(conf=0.05, iou=0) and not same_as(conf=0.05)
     model.agnostic = True
-    assert same_as(conf=0.05, iou=0.1, agnostic=True)
+    assert same_as(conf=0.05, iou=0, agnostic=True) and not same_as(conf=0.05, iou=0)
     model.classes = 1
-    assert same_as(conf=0.05, iou=0.1, classes=[1])
+    assert same_as(conf=0.05, iou=0, classes=[1])
     model.max_det = 2
-    assert same_as(conf=0.05, iou=0.1, classes=[1], max_det=2)
+    assert same_as(conf=0.05, iou=0, classes=[1], max_det=2)
     model.classes, model.max_det, model.agnostic, model.iou = None, 1000, False, 0.45
     single = len(model(place / "b.png").xyxy[0])
     model.multi_label = True
@@ -268,6 +268,7 @@ model = torch.hub.load({root!r}, "custom", path={weights!r}, source="local", dev
 detector = torch.hub.load({root!r}, "Detector", {weights!r}, source="local")
 assert sys.path == before[0] and os.getcwd() == before[1]
 import models.net   # after ours
+assert sys.modules["utils"] is utils and sys.modules["utils.helper"] is utils.helper
 assert utils.WHO == utils.helper.WHO == models.net.WHO == "user"
 assert not any((getattr(m, "__file__", None) or "").startswith({root!r}) for n, m in sys.modules.items() if n.startswith(("utils", "models")))
 results = model([{image!r}])

@@ -144,7 +144,8 @@ def _tensor(boxes: np.ndarray, result: Result) -> Tensor:
 
 def _counted(labels: Sequence[str]) -> str:
     """`4 persons, 1 bus`, in the order of first appearance."""
-    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in Counter(labels).items()) or "(no detections)"
+    counts = Counter(labels).items()
+    return ", ".join(f"{count} {name}{'s' * (count > 1 and not name.endswith('s'))}" for name, count in counts) or "(no detections)"
 
 
 def _to_rgb(image: np.ndarray) -> np.ndarray:
