@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.onnx_int8 import OnnxQuantizer
 from utils.compress.openvino_int8 import OpenvinoQuantizer
+from utils.compress.rounding import Range
 from utils.errors import UserError
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob, Format
@@ -50,7 +51,7 @@ class Quantizer(Protocol):
 
     layers: tuple[str, ...]
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None: ...
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None: ...
 
     def write(self, path: Path, metadata: ExportMetadata) -> None: ...
 
@@ -107,11 +108,13 @@ def attempts(
 class Int8Files:
     """A float file and the int8 files made of it, in a folder for a while."""
 
-    def __init__(self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
+    def __init__(
+        self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None
+    ) -> None:
         """
         Args:
             job: of the float file.
-            tuned: the network was trained to compute in int8 (train.py --qat), and its biases stay as they are.
+            ranges: of what the layers read, where the network was trained to compute in int8 (train.py --qat).
 
         Raises:
             UserError: the network can't be converted.
@@ -120,7 +123,7 @@ class Int8Files:
         self.float_path = self._new("float")
         try:
             kind.write(job, self.float_path)
-            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, tuned)
+            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, ranges)
         except (UserError, OSError):
             raise
         except Exception as error:  # of a converter: of any kind
