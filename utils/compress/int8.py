@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.onnx_int8 import OnnxQuantizer
 from utils.compress.openvino_int8 import OpenvinoQuantizer
+from utils.compress.rounding import Range
 from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob, Format
@@ -49,7 +50,7 @@ class Quantizer(Protocol):
 
     layers: tuple[str, ...]
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None: ...
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None: ...
 
     def write(self, path: Path, metadata: ExportMetadata) -> None: ...
 
@@ -106,11 +107,13 @@ def attempts(
 class Int8Files:
     """A float file and the int8 files made of it, in a folder for a while."""
 
-    def __init__(self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
+    def __init__(
+        self, job: ExportJob, kind: Format, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None
+    ) -> None:
         """
         Args:
             job: of the float file.
-            tuned: the network was trained to compute in int8 (train.py --qat), and its biases stay as they are.
+            ranges: of what the layers read, where the network was trained to compute in int8 (train.py --qat).
 
         Raises:
             UserError: the network can't be converted.
@@ -119,7 +122,7 @@ class Int8Files:
         self.float_path = self._new("float")
         with foreign_errors(f"{kind.name}: this network can't be converted"):
             kind.write(job, self.float_path)
-            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, tuned)
+            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, ranges)
         self.path_of: dict[tuple[str, ...], Path] = {}  # by the layers that stay float
 
     @property

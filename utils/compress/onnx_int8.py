@@ -6,13 +6,15 @@ Weights take 7 of their 8 bits: where a processor has no VNNI, two products of 8
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from utils.compress.calibration import CalibrationImages
+from utils.compress.rounding import Range, round_weight
 from utils.compress.tail import find_tail
 from utils.export.converters import INPUT
 from utils.export.metadata import ExportMetadata, stamp_onnx
@@ -33,12 +35,13 @@ class OnnxQuantizer:
         layers: those that can be int8, by the names that they have in the network, in its order.
     """
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None:
         """
         Args:
             source: exported by `to_onnx`.
             folder: for its own files, which must live as long as it does.
-            tuned: the network was trained for int8: nothing changes here, as no bias is corrected.
+            ranges: of a network that was trained in int8. They, and the steps of weights, are those that are found here anyway; the weights that
+                stay float here are rounded as training had them.
         """
         onnx, preparation = import_extra("onnx"), import_extra("onnxruntime.quantization.shape_inference")
         self._images, self._path, self._ranges = images, folder / "prepared.onnx", folder / "ranges.json"
@@ -52,6 +55,9 @@ class OnnxQuantizer:
         tail = find_tail(sources, weighted)
         # An int8 convolution rounds what it puts out, and Detect's maps are box sides: its convolutions stay float as their decoding does.
         self._float = tail.after | tail.last
+        if ranges is not None:
+            _round_weights(model, {self._nodes[name].input[1] for name in tail.last if self._nodes[name].op_type == "Conv"})
+            onnx.save(model, str(self._path))
         self._nodes_of: dict[str, list[str]] = {}
         for name in weighted:
             if name not in self._float:
@@ -80,6 +86,14 @@ class OnnxQuantizer:
             if node.op_type in _ACTIVATIONS and makers and makers <= unit:
                 unit.add(node.name)
         return unit
+
+
+def _round_weights(model: onnx.ModelProto, names: Collection[str]) -> None:
+    convert = import_extra("onnx.numpy_helper")
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            weight = round_weight(torch.from_numpy(convert.to_array(tensor).copy()))
+            tensor.CopyFrom(convert.from_array(weight.numpy(), tensor.name))
 
 
 def _layer_name(node: onnx.NodeProto) -> str:

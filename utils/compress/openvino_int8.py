@@ -4,9 +4,12 @@ Weights take 7 of their 8 bits (overflow fix): see onnx_int8.py. Ranges are the 
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.compress.calibration import CalibrationImages
+from utils.compress.openvino_steps import set_steps
+from utils.compress.rounding import Range
 from utils.compress.tail import find_tail
 from utils.export.backends import find_exported
 from utils.export.metadata import ExportMetadata, stamp_openvino
@@ -20,13 +23,13 @@ _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Grou
 class OpenvinoQuantizer:
     """A float OpenVINO model to int8 ones that differ in which layers stay float; attributes as of OnnxQuantizer."""
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, tuned: bool = False) -> None:
+    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None:
         """
         Args:
             source: the folder of an exported model.
-            tuned: its biases were trained in int8 (train.py --qat): correcting them would undo it.
+            ranges: of a network that was trained in int8 (train.py --qat): its file rounds as it did, and its biases stay.
         """
-        self._core, self._xml, self._images, self._tuned = import_extra("openvino").Core(), find_exported(source), images, tuned
+        self._core, self._xml, self._images, self._ranges = import_extra("openvino").Core(), find_exported(source), images, ranges
         operations = self._core.read_model(self._xml).get_ordered_ops()
         sources = {op.get_friendly_name(): [value.get_node().get_friendly_name() for value in op.input_values()] for op in operations}
         weighted = [op.get_friendly_name() for op in operations if op.get_type_name() in _WEIGHTED]
@@ -46,8 +49,11 @@ class OpenvinoQuantizer:
                 self._core.read_model(self._xml), nncf.Dataset(self._images), preset=nncf.QuantizationPreset.MIXED, subset_size=len(self._images),
                 fast_bias_correction=True, ignored_scope=nncf.IgnoredScope(names=stay, validate=False),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    overflow_fix=nncf.OverflowFix.ENABLE, disable_bias_correction=self._tuned, activations_range_estimator_params=ranges.MINMAX),
+                    overflow_fix=nncf.OverflowFix.ENABLE, disable_bias_correction=self._ranges is not None,
+                    activations_range_estimator_params=ranges.MINMAX),
             )
+            if self._ranges is not None:
+                set_steps(model, self._core.read_model(self._xml), {op: layer for layer, ops in self._nodes_of.items() for op in ops}, self._ranges)
         stamp_openvino(model, metadata)
         import_extra("openvino").save_model(model, folder / self._xml.name, compress_to_fp16=False)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
+from utils.compress.rounding import Range, measure_ranges
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
 from utils.config import QuantizeConfig
 from utils.cpu import cpu_int8
@@ -69,7 +70,7 @@ class Quantization:
              f"{' x '.join(map(str, self.job.metadata.imgsz))} px; {machine(_CPU)}; the processor has {cpu_int8()}")
         pytorch = self.score(self.network)  # first: its loader's workers must not be forked beside another runtime's threads
         with TemporaryDirectory() as folder:
-            files = Int8Files(self.job, self.kind, self.images, Path(folder), self.tuned)
+            files = Int8Files(self.job, self.kind, self.images, Path(folder), self._ranges())
             reference = self.score(open_network(files.float_path))
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
@@ -84,6 +85,10 @@ class Quantization:
             self._draw(stem, best)
         self._conclude(best, path, reached, f"{max(map(len, files.path_of))} of {len(files.layers)} layers")
         return reached
+
+    def _ranges(self) -> dict[str, Range] | None:
+        """As the network was trained with, if it was: they are a function of its weights and these images, so that no file need keep them."""
+        return measure_ranges(self.network, map(torch.from_numpy, self.images.shown("ranges"))) if self.tuned else None
 
     def score(self, network: Network) -> Scores:
         metrics = validate(network, self.loader, self.val, _CPU, torch.float32, single_cls=self.config.single_cls).metrics()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 WEIGHT_LEVELS = 64
-_INPUT_STEPS = 255
+INPUT_STEPS = 255
 _TINY = 1e-12
 
 
@@ -37,9 +37,14 @@ def round_weight(weight: Tensor, levels: int = WEIGHT_LEVELS, axis: int = 0) -> 
 
 def round_input(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """To 256 values from `low` to `high`, of which one is 0."""
+    return torch.fake_quantize_per_tensor_affine(x.float(), *input_steps(low, high), 0, INPUT_STEPS)
+
+
+def input_steps(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The step, and which of the 256 values is 0."""
     low, high = low.clamp(max=0), high.clamp(min=0)
-    step = ((high - low) / _INPUT_STEPS).clamp(min=_TINY)
-    return torch.fake_quantize_per_tensor_affine(x.float(), step, (-low / step).round().int(), 0, _INPUT_STEPS)
+    step = ((high - low) / INPUT_STEPS).clamp(min=_TINY)
+    return step, (-low / step).round().int()
 
 
 def rounded_weight(layer: nn.Module) -> Tensor:
