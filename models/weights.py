@@ -8,14 +8,41 @@ from typing import NamedTuple
 
 import torch
 
-from models.yolo import model_from_checkpoint
-from utils.checkpoint import load_checkpoint
+from models.yolo import DetectionModel, model_from_checkpoint
+from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.config import DEFAULT_IMGSZ
 from utils.data.spec import load_data_spec
 from utils.device import PrecisionName, compute_dtype, describe, select_device
 from utils.errors import UserError
 from utils.export.backends import ExportedNetwork, is_exported, open_network
 from utils.network import Network
+
+
+class Trained(NamedTuple):
+    """A checkpoint's network.
+
+    Attributes:
+        path: where the file was found; what is made of it is written beside it.
+        model: float32, in eval mode, on the CPU.
+        imgsz: side in pixels that it was trained for, if known.
+    """
+
+    path: Path
+    model: DetectionModel
+    imgsz: int | None
+
+
+def open_checkpoint(weights: str) -> Trained:
+    """The network to be changed or converted.
+
+    Raises:
+        UserError: no such file, not a whole checkpoint, or an exported file.
+    """
+    if is_exported(weights):
+        raise UserError(f"{weights}: is exported, perhaps int8 already: name the checkpoint (.pt) that it was made from")
+    path = find_checkpoint(weights)
+    checkpoint = load_checkpoint(path)
+    return Trained(path, model_from_checkpoint(checkpoint, str(path)), checkpoint.imgsz)
 
 
 class OpenWeights(NamedTuple):
@@ -49,11 +76,13 @@ class OpenWeights(NamedTuple):
             UserError: it takes no other than its own.
         """
         height, width = (asked[0], asked[-1]) if asked else self.imgsz or (DEFAULT_IMGSZ, DEFAULT_IMGSZ)
+        if self.fixed == (height, width):  # of another project's file not always in whole strides
+            return self.fixed
         size = tuple(math.ceil(side / self.max_stride) * self.max_stride for side in (height, width))
         if self.fixed and size != self.fixed:
             own, wanted = (" ".join(map(str, sides)) for sides in (self.fixed, size))
             raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
-        return self.fixed or size
+        return size
 
     def square_size(self, asked: int | None) -> int:
         """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
@@ -81,11 +110,12 @@ def open_weights(weights: str, device: str, precision: PrecisionName, data: str 
         return _open_exported(weights, device, precision, data, data_root)
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
-    checkpoint = load_checkpoint(weights)
-    model = model_from_checkpoint(checkpoint, weights)
+    path, model, imgsz = open_checkpoint(weights)
     network = model.fused().to(chosen, memory_format=torch.channels_last)
-    imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
-    return OpenWeights(weights, network, model.names, model.max_stride, model.pad_stride, imgsz, None, chosen, dtype, describe(chosen, dtype))
+    return OpenWeights(
+        path=str(path), network=network, names=model.names, max_stride=model.max_stride, pad_stride=model.pad_stride,
+        imgsz=(imgsz, imgsz) if imgsz else None, fixed=None, device=chosen, dtype=dtype, description=describe(chosen, dtype),
+    )
 
 
 def _open_exported(weights: str, device: str, precision: PrecisionName, data: str, data_root: str) -> OpenWeights:
@@ -95,5 +125,7 @@ def _open_exported(weights: str, device: str, precision: PrecisionName, data: st
     bf16 = compute_dtype(precision, cpu) == torch.bfloat16
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network: ExportedNetwork = open_network(weights, bf16=bf16, names=names)
-    return OpenWeights(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, cpu, torch.float32,
-                       network.description)
+    return OpenWeights(
+        path=weights, network=network, names=network.names, max_stride=network.max_stride, pad_stride=network.pad_stride,
+        imgsz=network.imgsz, fixed=network.fixed, device=cpu, dtype=torch.float32, description=network.description,
+    )

@@ -48,11 +48,12 @@ class Quantization:
     def __init__(self, config: QuantizeConfig, kind: Format, network: Detector, train: Split, val: Split, imgsz: int) -> None:
         """
         Args:
+            config: its weights as they were found.
             network: fused, float32, on the CPU.
             imgsz: in whole strides, pixels.
         """
         self.config, self.kind, self.network, self.val = config, kind, network, val
-        self.weights = Path(config.weights).expanduser()
+        self.weights = Path(config.weights)
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
         stride = max(*network.strides, _PAD_STRIDE) if config.dynamic else None
         self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)
