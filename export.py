@@ -23,11 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_politely()
     # PyTorch and what needs it come in only now, so that --help answers at once.
     import copy
-    from pathlib import Path
 
     from models.plugin import load_plugin
-    from models.yolo import model_from_checkpoint
-    from utils.checkpoint import load_checkpoint
+    from models.weights import open_checkpoint
     from utils.cpu import keep_freed_memory
     from utils.device import select_device
     from utils.export.check import check_images
@@ -40,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     formats = choose_formats(config.include)
     device = select_device(config.device)
     load_plugin(config.plugin)
-    checkpoint = load_checkpoint(config.weights)
-    network = model_from_checkpoint(checkpoint, config.weights).fused().requires_grad_(False)
+    weights, model, trained_at = open_checkpoint(config.weights)
+    network = model.fused().requires_grad_(False)
     images = check_images(config.data, config.data_root)
-    sides = config.imgsz or (checkpoint.imgsz or DEFAULT_IMGSZ,)
+    sides = config.imgsz or (trained_at or DEFAULT_IMGSZ,)
     imgsz = network.whole_strides(sides[0]), network.whole_strides(sides[-1])
-    weights = Path(config.weights).expanduser()
     nms = GraphNms(config.conf_thres, config.iou_thres, config.max_det) if config.nms else None
     metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name, nms=nms)
     job = ExportJob(network, metadata, config.batch_size, config.opset)

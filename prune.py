@@ -10,6 +10,7 @@ without the weights: train.py --cfg trains them from scratch.
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models import profile
     from models.plugin import load_plugin
     from models.prune import channel_graph, latency_share, remove_channels
-    from models.yolo import model_from_checkpoint
-    from utils.checkpoint import load_checkpoint
+    from models.weights import open_checkpoint
     from utils.compare.comparison import Comparison
     from utils.compare.entrants import Entrant
     from utils.compress.pruning import Pruning, check_settings, open_slices
@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     device = select_device(config.device)
     load_plugin(config.plugin)
-    checkpoint = load_checkpoint(config.weights)
+    weights, model, trained_at = open_checkpoint(config.weights)
+    config = dataclasses.replace(config, weights=str(weights))
     _check_folder(config)
-    model = model_from_checkpoint(checkpoint, config.weights).to(device, memory_format=torch.channels_last)
-    imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
+    model.to(device, memory_format=torch.channels_last)
+    imgsz = model.whole_strides(config.imgsz or trained_at or DEFAULT_IMGSZ)
     slices = None
     if config.data:
         split, _ = open_splits(config, ("train", "val"))  # val for the comparison in the end
@@ -78,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_folder(config: PruneConfig) -> None:
     """What is pruned is never overwritten."""
     written = Path(config.project).expanduser() / config.name / _PRUNED
-    weights = Path(config.weights).expanduser()
-    if config.exist_ok and written.exists() and weights.exists() and written.samefile(weights):
+    if config.exist_ok and written.exists() and written.samefile(config.weights):
         raise UserError(f"{written}: would be overwritten by what is left of it: give another --name")
 
 

@@ -7,11 +7,12 @@ Exit code 1: int8 loses more than --max-drop whatever stays float; the file is k
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from utils.config import DEFAULT_IMGSZ, QuantizeConfig
-from utils.errors import UserError, script
+from utils.errors import script
 from utils.flags import parse
 from utils.threads import wait_politely
 
@@ -24,25 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from models.plugin import load_plugin
-    from models.yolo import model_from_checkpoint
-    from utils.checkpoint import load_checkpoint
+    from models.weights import open_checkpoint
     from utils.compress.int8 import int8_format
     from utils.compress.quantization import Quantization
     from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
     from utils.evaluate.validate import check_classes
-    from utils.export.backends import is_exported
 
     keep_freed_memory()
     kind = int8_format(config.to)
-    if is_exported(config.weights):
-        raise UserError(f"{config.weights}: is exported, perhaps int8 already: name the checkpoint (.pt) that it was made from")
     load_plugin(config.plugin)
-    checkpoint = load_checkpoint(config.weights)
-    model = model_from_checkpoint(checkpoint, config.weights)
+    weights, model, trained_at = open_checkpoint(config.weights)
+    config = dataclasses.replace(config, weights=str(weights))
     train, val = open_splits(config, ("train", "val"))
     check_classes(model.names, val.names, config.single_cls, config.weights)
-    imgsz = model.whole_strides(config.imgsz or checkpoint.imgsz or DEFAULT_IMGSZ)
+    imgsz = model.whole_strides(config.imgsz or trained_at or DEFAULT_IMGSZ)
     network = model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
     return 0 if Quantization(config, kind, network, train, val, imgsz, model.spec.fused).run() else 1
 

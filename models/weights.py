@@ -4,17 +4,49 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from models.yolo import DetectionModel, model_from_checkpoint
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
+from utils.errors import UserError
 from utils.export.backends import ExportedNetwork, is_exported, needs_torch
 from utils.export.weights import OpenNetwork, check_cpu, open_exported
 from utils.network import TorchRunner
 from utils.runner import Runner
+
+
+class Trained(NamedTuple):
+    """A checkpoint's network.
+
+    Attributes:
+        path: where the file was found; what is made of it is written beside it.
+        model: float32, in eval mode, on the CPU.
+        imgsz: side in pixels that it was trained for, if known.
+    """
+
+    path: Path
+    model: DetectionModel
+    imgsz: int | None
+
+
+def open_checkpoint(weights: str) -> Trained:
+    """The network to be changed or converted.
+
+    Raises:
+        UserError: no such file, not a whole checkpoint, or an exported file.
+    """
+    if is_exported(weights):
+        raise UserError(f"{weights}: is exported, perhaps int8 already: name the checkpoint (.pt) that it was made from")
+    path = find_checkpoint(weights)
+    checkpoint = load_checkpoint(path)
+    with torch.random.fork_rng(devices=()):  # building draws start values: no business of the caller's random numbers
+        model = model_from_checkpoint(checkpoint, str(path))
+    return Trained(path, model, checkpoint.imgsz)
 
 
 @dataclass(frozen=True)
@@ -74,11 +106,8 @@ def open_weights(
                            dtype=torch.float32)
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
-    checkpoint = load_checkpoint(weights)
-    with torch.random.fork_rng(devices=()):  # building draws start values: no business of the caller's random numbers
-        model = model_from_checkpoint(checkpoint, weights)
-    imgsz = (checkpoint.imgsz, checkpoint.imgsz) if checkpoint.imgsz else None
-    return ready(model, weights, imgsz, chosen, dtype)
+    path, model, side = open_checkpoint(weights)
+    return ready(model, str(path), (side, side) if side else None, chosen, dtype)
 
 
 def ready(model: DetectionModel, path: str, imgsz: tuple[int, int] | None, device: torch.device, dtype: torch.dtype) -> OpenWeights:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.checkpoint import FORMAT, VERSION, Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import FORMAT, VERSION, Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.unpickle import STORAGE_DTYPES
 
@@ -198,6 +198,18 @@ def test_missing_file_lists_places_and_nearest_names(tmp_path, monkeypatch):
         load_checkpoint("yolov5m.pt")
     with pytest.raises(UserError, match=r"looked at /nowhere/a.pt$"):
         load_checkpoint("/nowhere/a.pt")
+
+
+def test_where_a_file_is_found(tmp_path, monkeypatch):
+    """As typed, at home, or beside the project: the path that comes back holds from any folder that the typed one held from."""
+    monkeypatch.setattr("utils.checkpoint.ROOT", tmp_path / "project")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("project", "home", "here"):
+        save_checkpoint(tmp_path / folder / "a.pt", checkpoint())
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_checkpoint("a.pt") == Path("a.pt") and find_checkpoint("~/a.pt") == tmp_path / "home" / "a.pt"
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("a.pt") == tmp_path / "project" / "a.pt"
 
 
 def test_a_folder_names_the_file_in_it(tmp_path):

@@ -167,6 +167,16 @@ def test_yolov5s_own_onnx(tiny, tmp_path: Path):
     assert (network.names, network.max_stride, network.pad_stride, network.imgsz, network.metadata) == (("cat", "dog"), 64, 64, None, None)
 
 
+def test_a_size_that_is_not_in_whole_strides(tiny, tmp_path: Path):
+    """Of a file that takes no other, of another project: ours are in whole strides."""
+    (tmp_path / "my.yaml").write_text("train: images\nnames: [cat, dog]\n")
+    to_onnx(InferenceGraph(tiny), torch.zeros(1, 3, 100, 100), tmp_path / "a.onnx", opset=17)
+    weights = open_weights(str(tmp_path / "a.onnx"), "", "fp32", str(tmp_path / "my.yaml"))
+    assert weights.image_size(None) == weights.image_size((100,)) == (100, 100) and weights.square_size(None) == 100
+    with pytest.raises(UserError, match="takes images of 100 100 px only"):
+        weights.image_size((96,))
+
+
 def test_a_file_without_names(tiny, tmp_path: Path):
     path = without_metadata(tiny, tmp_path / "a.onnx")
     with pytest.raises(UserError, match=r"a\.onnx: its metadata tells no class names .*--data"):

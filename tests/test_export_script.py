@@ -78,6 +78,16 @@ def test_files_and_what_is_said(place: Path, tmp_path: Path, capfd):
     assert len(metadata.anchors) == 3 and metadata.anchors[0][:2] == (10, 10)
 
 
+def test_files_lie_beside_weights_that_are_found_beside_the_project(place: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.ROOT", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tiny.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert export.main([*weights(Path("mine/tiny.pt")), "--include", "onnx"]) == 0
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == ["mine/tiny.onnx", "mine/tiny.pt"]
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_scores_are_the_checkpoints(kind: str, place: Path, capfd):
     for flags in ((), ("--augment",)):
@@ -136,7 +146,8 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "coreml"], "--include coreml: no such format"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
-    ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"), ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx"),
+    ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"),
+    ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx: is exported, perhaps int8 already: name the checkpoint"),
     ("val", ["--weights", "static/tiny.onnx", "--imgsz", "96"], "takes images of 64 64 px only: leave out --imgsz"),
     ("detect", ["--weights", "static/tiny.onnx", "--imgsz", "64", "96"], "takes images of 64 64 px only"),
     ("detect", ["--weights", "half.onnx"], r"half\.onnx: .*cut off"), ("detect", ["--weights", "none_openvino_model"], "no such exported network"),

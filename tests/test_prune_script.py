@@ -252,6 +252,7 @@ def test_yolov5_weights(shared: Path, tmp_path: Path) -> None:
     (["--target-flops", "0.001"], r"--target-flops 0.001: can't be reached: 0.063 is the nearest that can be"),
     (["--target-params", "0.02", "--method", "slimming"], r"--target-params 0.02: can't be reached: 0."),
     (["--target-flops", "0.5", "--weights", "none.pt"], "none.pt: no such weights file"),
+    (["--target-flops", "0.5", "--weights", "best.onnx"], "best.onnx: is exported, perhaps int8 already: name the checkpoint"),
     (["--target-flops", "0.5", "--data", "none.yaml"], "none.yaml: no such data YAML"),
     (["--plan", "none.yaml"], "none.yaml: can't be read"), (["--target-flops", "0.5", "--name", ".."], "--name ..: must be a folder's name"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip

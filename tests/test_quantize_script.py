@@ -98,6 +98,16 @@ def test_a_file_that_loses_too_much_is_kept_aside(kind: str, place: Path, tmp_pa
     assert open_network(aside).metadata.precision == "int8"
 
 
+def test_the_file_lies_beside_weights_that_are_found_beside_the_project(place: Path, tmp_path: Path, monkeypatch):
+    needs("onnx")
+    monkeypatch.setattr("utils.checkpoint.ROOT", place)
+    monkeypatch.chdir(tmp_path)
+    (place / "mine").mkdir()
+    (place / "mine" / "best.pt").write_bytes((place / "best.pt").read_bytes())
+    assert quantize.main(flags(place, "onnx", weights="mine/best.pt", **{"max-drop": 100})) == 0
+    assert {path.name for path in (place / "mine").iterdir()} == {"best.pt", "best_int8.onnx"} and not list(tmp_path.iterdir())
+
+
 def test_a_sensitive_layer_stays_float(place: Path, tmp_path: Path, capsys, monkeypatch):
     needs("onnx")
     (tmp_path / "tiny-0.5x.pt").write_bytes((place / "best.pt").read_bytes())

@@ -70,17 +70,26 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The file itself, as given or beside the project: what is written later goes to where the weights lie.
+
+    Raises:
+        UserError: no such file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = sorted(path.glob("*.pt")) or sorted(path.glob("weights/*.pt"))
+        raise UserError(f"{path}: is a folder; name the weights file in it{f', such as {inside[0]}' if inside else ''}")
+    return find_file(path, [ROOT], "weights file (weights are not downloaded)")
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Our own checkpoint or one of YOLOv5, on the CPU; nothing in the file is run.
 
     Raises:
         UserError: no such file, or not a whole checkpoint of either kind, or one that asks for what no checkpoint needs.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        inside = sorted(path.glob("*.pt")) or sorted(path.glob("weights/*.pt"))
-        raise UserError(f"{path}: is a folder; name the weights file in it{f', such as {inside[0]}' if inside else ''}")
-    with Archive(find_file(path, [ROOT], "weights file (weights are not downloaded)")) as archive:
+    with Archive(find_checkpoint(path)) as archive:
         content = archive.content
         if isinstance(content, dict) and content.get("format") == FORMAT:
             return _read_own(archive, content)

@@ -50,12 +50,13 @@ class Quantization:
                  tuned: bool = False) -> None:
         """
         Args:
+            config: its weights as they were found.
             network: fused, float32, on the CPU.
             imgsz: in whole strides, pixels.
             tuned: the network was fine-tuned for int8.
         """
         self.config, self.kind, self.network, self.val, self.tuned = config, kind, network, val, tuned
-        self.weights = Path(config.weights).expanduser()
+        self.weights = Path(config.weights)
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
         stride = network.pad_stride if config.dynamic else None
         self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)

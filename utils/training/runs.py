@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import Checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from utils.config import TrainConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
@@ -61,7 +61,7 @@ def _find_teachers(config: TrainConfig) -> tuple[str, ...]:
 
 def _newest_last(project: str) -> Path:
     """The newest last.pt below a folder of runs."""
-    found = sorted(Path(project).glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path(project).expanduser().glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError(f"--resume: no weights/last.pt below {project}; name one: --resume runs/train/exp/weights/last.pt")
     return found[-1]
@@ -75,7 +75,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
     """
     given = dict(given)
     asked = given.pop("resume")
-    last = _newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else Path(asked)
+    last = _newest_last(given.get("project", TrainConfig.project)) if asked == "newest" else find_checkpoint(asked)
     for name in given:
         if name not in _MAY_CHANGE:
             flag = f"--{name.replace('_', '-')}"
