@@ -180,7 +180,8 @@ class Focus(nn.Module):
         self.conv = Conv(c1 * 4, c2, k, s, p, g, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        quarters = [x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)]  # published weights expect this order
+        # A pool of one pixel is the slice with a step of 2 that ncnn has no layer for; published weights expect this order.
+        quarters = [F.max_pool2d(x[..., row:, column:], 1, 2) for column in (0, 1) for row in (0, 1)]
         return self.conv(torch.cat(quarters, 1))
 
 

@@ -86,7 +86,8 @@ class TrainConfig(DataOptions, NewRun):
 
 @dataclass(frozen=True)
 class InferenceOptions(NewRun):
-    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx or .torchscript file, or *_openvino_model folder", required=True)
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx or .torchscript file, *_openvino_model or *_ncnn_model folder",
+                          required=True)
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
     save_txt: bool = option(False, "write labels/NAME.txt for each image")
@@ -136,7 +137,7 @@ class DetectConfig(InferenceOptions):
 @dataclass(frozen=True)
 class ExportConfig:
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
-    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino torchscript", nargs="+", type=str)
+    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino ncnn torchscript", nargs="+", type=str)
     imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
                                            check=SIZES, aliases=("--img", "--img-size"))
     batch_size: int = option(1, "images a batch, where not --dynamic", check=POSITIVE, aliases=("--batch",))

@@ -1,12 +1,13 @@
 """What a run tells its user: plain lines on stdout from the first process, warnings on stderr."""
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def is_main_process() -> bool:
@@ -35,3 +36,21 @@ def silent_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def no_output(descriptor: int) -> Iterator[None]:
+    """Nothing that C libraries write to stdout (1) or stderr (2), past Python's own streams."""
+    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
+    stream.flush()
+    kept = os.dup(descriptor)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
+        yield
+    finally:
+        stream.flush()
+        with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, descriptor)
+        os.close(kept)

@@ -13,6 +13,7 @@ from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError
 from utils.export.metadata import foreign_facts, metadata_from_props
+from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
@@ -137,7 +138,7 @@ def spread(final: np.ndarray, classes: int) -> np.ndarray:
 def open_network(
     path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
 ) -> ExportedNetwork:
-    """The network of an .onnx or .torchscript file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+    """The network of an exported file or folder (`find_exported`) in its own runtime on the CPU.
 
     Args:
         bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime and TorchScript compute in what the file holds.
@@ -155,6 +156,8 @@ def open_network(
         return ExportedNetwork(found, OnnxSession(found, threads, at_once), names, at_once)
     if found.suffix == TORCHSCRIPT_SUFFIX:
         return ExportedNetwork(found, TorchscriptSession(found, threads), names, at_once)
+    if found.name.endswith(NCNN_GRAPH):
+        return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
     session.props = _beside(found) | session.props
     return ExportedNetwork(found, session, names, at_once)
@@ -172,7 +175,7 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith(OPENVINO_SUFFIX)
+    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith((OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH))
 
 
 def needs_torch(path: str | Path) -> bool:
@@ -181,7 +184,7 @@ def needs_torch(path: str | Path) -> bool:
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx, .torchscript or .xml file; of a folder the .xml in it.
+    """The .onnx, .torchscript, .xml or .ncnn.param file; of a folder the .xml or .ncnn.param in it.
 
     Raises:
         UserError: there is none.
@@ -190,9 +193,10 @@ def find_exported(path: str | Path) -> Path:
     folder = next((folder for folder in (path, ROOT / path) if folder.is_dir()), None)
     if folder is None:
         return find_file(path, [ROOT], "exported network (exported by export.py)")
-    inside = sorted(folder.glob("*.xml"))
+    inside = sorted(path for ending in (".xml", NCNN_GRAPH) for path in folder.glob(f"*{ending}"))
     if len(inside) != 1:
-        raise UserError(f"{folder}: holds {len(inside) or 'no'} .xml files, where an OpenVINO model has one: name the file itself, or export again")
+        raise UserError(f"{folder}: holds {len(inside) or 'no'} .xml files (OpenVINO) or {NCNN_GRAPH} ones, where an exported model has one: "
+                        "name the file itself, or export again")
     return inside[0]
 
 

@@ -129,13 +129,13 @@ def _both(reference: Network, exported: Network, batch: Tensor, device: torch.de
 
 def without_partner(final: Tensor, decoded: Tensor, tolerance: Tolerance) -> int:
     """Final boxes (n, 6) for which no decoded one (N, 5 + C) of their class is near enough in place and confidence."""
-    near = box_iou(_visible(xyxy_to_cxcywh(final[:, :4])), _visible(decoded[:, :4])) >= tolerance.iou  # (n, N)
+    near = box_iou(visible(xyxy_to_cxcywh(final[:, :4])), visible(decoded[:, :4])) >= tolerance.iou  # (n, N)
     scores = (decoded[:, 5:] * decoded[:, 4:5])[:, final[:, 5].long()].T
     alike = (scores - final[:, 4:5]).abs() <= tolerance.conf
     return int((~(near & alike).any(1)).sum())
 
 
-def _visible(cxcywh: Tensor) -> Tensor:
+def visible(cxcywh: Tensor) -> Tensor:
     """Corners of boxes at least a pixel wide and high: of smaller ones rounding leaves no area to compare."""
     return cxcywh_to_xyxy(torch.cat((cxcywh[:, :2], cxcywh[:, 2:].clamp(min=1)), 1))
 

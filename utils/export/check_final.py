@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from utils.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from utils.export.check import Agreement, Tolerance, without_partner
+from utils.export.check import Agreement, Tolerance, visible, without_partner
 from utils.export.metadata import GraphNms
 from utils.network import Network, infer
 from utils.nms import NmsOptions, non_max_suppression
@@ -60,7 +60,8 @@ def _untrue(final: Tensor, decoded: Tensor, nms: GraphNms, tolerance: Tolerance)
 def _lost(own: Tensor, final: Tensor, nms: GraphNms, tolerance: Tolerance) -> Tensor:
     """Which boxes that suppression leaves of the reference's (n, 6) the file has neither found, suppressed nor had no room for."""
     overlap, gap = _same_class_iou(own, final), final[None, :, 4] - own[:, None, 4]
-    found = (overlap >= tolerance.iou) & (gap.abs() <= tolerance.conf)
+    alike = _same_class_iou(_visible_final(own), _visible_final(final)) >= tolerance.iou
+    found = alike & (gap.abs() <= tolerance.conf)
     suppressed = (overlap > nms.iou_thres - _slack(tolerance)) & (gap >= -tolerance.conf)
     least = float(final[-1, 4]) if len(final) >= nms.max_det else nms.conf_thres
     return ~(found | suppressed).any(1) & (own[:, 4] > least + tolerance.conf)
@@ -73,6 +74,10 @@ def _slack(tolerance: Tolerance) -> float:
 
 def _same_class_iou(a: Tensor, b: Tensor) -> Tensor:
     return box_iou(a[:, :4], b[:, :4]) * (a[:, None, 5] == b[None, :, 5])
+
+
+def _visible_final(boxes: Tensor) -> Tensor:
+    return torch.cat((visible(xyxy_to_cxcywh(boxes[:, :4])), boxes[:, 4:]), 1)
 
 
 def _partner_distance(final: Tensor, decoded: Tensor) -> Tensor:

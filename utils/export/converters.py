@@ -1,14 +1,13 @@
-"""A network's graph out of PyTorch: to an ONNX or TorchScript file or an OpenVINO model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX or TorchScript file, an OpenVINO or ncnn model, traced on one batch of images."""
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import sys
+import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from utils.export.metadata import CONFIG, KEY, ExportMetadata
 from utils.extras import import_extra, is_installed
+from utils.log import no_output
 
 if TYPE_CHECKING:
     import openvino
@@ -72,6 +72,27 @@ def to_torchscript(network: nn.Module, images: Tensor, path: Path, metadata: Exp
         torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})
 
 
+def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, half: bool = False) -> None:
+    """Write `network` as an ncnn graph and its weights, which half stores in fp16; images (1, 3, H, W), the only size that it will take.
+
+    Raises:
+        RuntimeError: ncnn lacks a layer for what the network does, or pnnx fails on it.
+    """
+    with TemporaryDirectory() as folder:
+        traced, places = Path(folder) / "network.pt", {"ncnnparam": param.resolve(), "ncnnbin": weights.resolve()}
+        with quiet(), _plain_attention():
+            trace(network, images.contiguous()).save(str(traced))
+        shape = ",".join(map(str, images.shape))
+        command = [import_extra("pnnx").EXEC_PATH, traced.name, f"inputshape=[{shape}]f32", f"fp16={int(half)}",
+                   *(f"{name}={place}" for name, place in places.items())]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    if run.returncode or not param.is_file():
+        raise RuntimeError(f"pnnx ends with {run.returncode}: {(run.stderr.strip().splitlines() or ['it says nothing'])[-1]}")
+    layers = {line.split()[0] for line in param.read_text(encoding="utf-8").splitlines()[2:] if line.strip()}
+    if foreign := sorted(layer for layer in layers if "." in layer or "::" in layer):
+        raise RuntimeError(f"ncnn has no layer for {', '.join(foreign)}")
+
+
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
     return torch.jit.trace(network, images, check_trace=False)  # the check would run it again and again
@@ -94,27 +115,13 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PyTorch announces the end of what it still has no fast replacement for, and warns of shapes that are fixed here on purpose."""
-    with warnings.catch_warnings(), _no_stdout():
+    """PyTorch announces the end of what it still has no fast replacement for, and warns of shapes that are fixed here on purpose.
+
+    Where its exporter meets an operator that it doesn't know, it prints the whole graph, past Python's stdout; then it raises.
+    """
+    with warnings.catch_warnings(), no_output(1):
         warnings.filterwarnings("ignore", message=r".*`torch\.jit\.\w+` is deprecated")
         warnings.filterwarnings("ignore", message="You are using the legacy TorchScript-based ONNX export")
         warnings.filterwarnings("ignore", message="The feature will be removed", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         yield
-
-
-@contextmanager
-def _no_stdout() -> Iterator[None]:
-    """Where PyTorch's exporter meets an operator that it doesn't know, it prints the whole graph, past Python's stdout; then it raises."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        sys.stdout.flush()
-        with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)

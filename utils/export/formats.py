@@ -9,9 +9,10 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_onnx, to_openvino, to_torchscript
+from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_torchscript
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
+from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
 from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX
 from utils.extras import import_extra, is_installed
@@ -81,6 +82,14 @@ def write_openvino(job: ExportJob, folder: Path) -> None:
     import_extra("openvino").save_model(model, folder / f"{Path(job.metadata.source).stem}.xml", compress_to_fp16=job.half)
 
 
+def write_ncnn(job: ExportJob, folder: Path) -> None:
+    if job.metadata.dynamic:
+        raise UserError("an ncnn graph holds one image size")
+    stem = folder / Path(job.metadata.source).stem
+    to_ncnn(InferenceGraph(job.network), job.example()[:1], *(Path(f"{stem}{ending}") for ending in NCNN_FILES), half=job.half)
+    write_ncnn_metadata(folder, job.metadata)
+
+
 def write_torchscript(job: ExportJob, path: Path) -> None:
     to_torchscript(InferenceGraph(job.network, half=job.half), job.example(), path, job.metadata)
 
@@ -90,6 +99,7 @@ FORMATS = {
     for format in (
         Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx, suppresses=True),
         Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino, suppresses=True),
+        Format("ncnn", ("ncnn", "pnnx"), NCNN_SUFFIX, True, write_ncnn),
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
     )
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import openvino
 
 FINAL_OUTPUT = "detections"
+_LEAST_IOU = 1e-6  # below it OpenVINO takes boxes that don't touch for overlapping ones
 _LEAST_OPSET = 13  # from which on the operators below mean one thing
 
 # As utils/nms.py: a box counts for its best class alone, and boxes of one class suppress each other. The kept boxes' confidences stand in a table of
@@ -96,6 +97,7 @@ def suppress_in_openvino(model: openvino.Model, classes: int, nms: GraphNms) -> 
 
 
 def _program(classes: int, nms: GraphNms, opset: int = _LEAST_OPSET) -> onnx.ModelProto:
+    iou = max(nms.iou_thres, _LEAST_IOU)
     names = {"input": OUTPUT, "output": FINAL_OUTPUT, "columns": 5 + classes, "classes": classes, "numbers": ", ".join(map(str, range(classes)))}
     return import_extra("onnx").parser.parse_model(_PROGRAM.substitute(
-        names, opset=opset, most=nms.max_det, conf=repr(float(nms.conf_thres)), iou=repr(float(nms.iou_thres))))
+        names, opset=opset, most=nms.max_det, conf=repr(float(nms.conf_thres)), iou=repr(float(iou))))
