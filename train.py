@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         freeze_rows(model, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
-        batch_size = fit_batch(model, config.batch_size, config.imgsz, device, world.size, len(train_split.images))
+        largest = model.whole_strides(config.imgsz * 3 // 2) if config.multi_scale else config.imgsz
+        batch_size = fit_batch(model, config.batch_size, largest, device, world.size, len(train_split.images))
         config = dataclasses.replace(config, batch_size=world.share(batch_size))
         print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()

@@ -38,10 +38,13 @@ def job_of(network: DetectionModel, nms: GraphNms | None = NMS, dynamic: bool = 
     return ExportJob(network, ExportMetadata.of(network, (64, 64), dynamic=dynamic, precision="fp32", source=source, nms=nms), opset=opset)
 
 
-def suppressed(boxes: Tensor, nms: GraphNms) -> list[np.ndarray]:
-    """(B, N, 5 + C) -> of each image its final boxes (n, 6)."""
-    options = NmsOptions(nms.conf_thres, nms.iou_thres, max_det=nms.max_det)
-    return [non_max_suppression(image.numpy(), options) for image in boxes]
+def options(nms: GraphNms) -> NmsOptions:
+    return NmsOptions(nms.conf_thres, nms.iou_thres, max_det=nms.max_det)
+
+
+def suppressed(boxes: Tensor, options: NmsOptions) -> list[Tensor]:
+    """Decoded boxes (B, N, 5 + C), image by image."""
+    return [torch.from_numpy(non_max_suppression(image.numpy(), options)) for image in boxes]
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
@@ -71,15 +74,16 @@ def test_the_program_keeps_what_suppression_keeps(runtime, classes: int, places:
     boxes[1, :, 4] *= 0.2 if nms.conf_thres else 1
     found = runtime(_program(classes, nms, 17), boxes.numpy())
     assert found.shape == (3, nms.max_det, 6)
-    for image, expected in zip(found, suppressed(boxes, nms), strict=True):
-        np.testing.assert_allclose(image[: len(expected)], expected, rtol=1e-6)
+    for image, expected in zip(found, suppressed(boxes, options(nms)), strict=True):
+        np.testing.assert_allclose(image[: len(expected)], expected.numpy(), rtol=1e-6)
         assert not image[len(expected) :].any()
 
 
 def test_spread_by_hand():
     rows = spread(np.array([[[10, 20, 30, 60, 0.5, 2], [0, 0, 0, 0, 0, 0]]], np.float32), 3)
     np.testing.assert_array_equal(rows, [[[20, 40, 20, 40, 0.5, 0, 0, 1], [0, 0, 0, 0, 0, 1, 0, 0]]])
-    np.testing.assert_array_equal(non_max_suppression(rows[0], NmsOptions()), [[10, 20, 30, 60, 0.5, 2]])
+    kept = suppressed(torch.from_numpy(rows), NmsOptions())
+    torch.testing.assert_close(kept[0], torch.tensor([[10, 20, 30, 60, 0.5, 2]]))
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------------------------
@@ -94,10 +98,10 @@ def test_files_keep_what_suppression_keeps(kind: str, dynamic: bool, tiny, tmp_p
     assert network.nms == network.metadata.nms == NMS and network.names == tiny.names
     for size in ((2, 3, 64, 64), *(((1, 3, 96, 64), (3, 3, 32, 32)) if dynamic else ())):
         images = torch.rand(size)
-        kept, expected = (suppressed(boxes, NMS) for boxes in (network(images), tiny.decode(tiny(images))))
+        kept, expected = (suppressed(boxes, options(NMS)) for boxes in (network(images), tiny.decode(tiny(images))))
         assert sum(map(len, expected)) > 2
         for ours, theirs in zip(kept, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_what_readers_find(tiny, tmp_path: Path):
@@ -151,8 +155,8 @@ class Suppressed:
 
     def __call__(self, images: Tensor) -> Tensor:
         rows = np.zeros((len(images), 200, 6), np.float32)
-        for n, boxes in enumerate(suppressed(self.network.decode(self.network(images)), self.nms)):
-            boxes = self.change(torch.from_numpy(boxes))
+        for n, boxes in enumerate(suppressed(self.network.decode(self.network(images)), options(self.nms))):
+            boxes = self.change(boxes.clone())
             rows[n, : len(boxes)] = boxes.numpy()
         return torch.from_numpy(spread(rows, len(self.network.names)))
 

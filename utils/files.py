@@ -162,6 +162,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.rename(before)
         temporary.rename(path)
     finally:
+        if before.exists() and not path.exists():  # interrupted between the two renames
+            before.rename(path)
         for folder in (temporary, before):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -65,10 +65,9 @@ def train_epoch(
         with autocast(device, dtype):
             outputs = network(images)
         loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
-        parts = _finite_parts(loss, criterion.names, n)
         step = settings(n)
         stepper.backward(loss.total * world, step, len(images) * world)
-        total += parts
+        total += _finite_parts(loss, criterion.names, n)  # only now: reading them waits for a GPU
         seen += len(images) * world
         rate = seen / (time.perf_counter() - start)
         means = " ".join(f"{name} {value:.4f}" for name, value in zip(criterion.names, total / (n + 1), strict=True))

@@ -137,9 +137,9 @@ class Training:
     def _load_data(self) -> None:
         config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
-        budget = free_memory_bytes() // 2
+        budget = free_memory_bytes() // 2 // self.world.size
         sizes = scaled_sizes(self.train_split, config.imgsz)
-        cache = ImageCache(sizes, config.cache, budget // self.world.size, self.run_dir)
+        cache = ImageCache(sizes, config.cache, budget, self.run_dir)
         if config.rect:
             targets = rect_targets(self.train_split, config.imgsz, stride, config.batch_size, pad=0.0)
             train_set = RectDataset(self.train_split, config.imgsz, cache, targets, self.hyp, config.seed)
@@ -177,7 +177,7 @@ class Training:
         counts = np.stack([np.bincount(own[:, 0].astype(int), minlength=nc) for own in self.train_split.boxes])
         need = (1 - np.array(self.state.class_ap or np.zeros(nc))) ** 2 / np.maximum(counts.sum(0), 1)
         weights = counts @ need
-        return weights + max(weights.max(), 1.0) * 1e-3  # images without boxes stay possible
+        return weights + (weights.max() or 1.0) * 1e-3  # images without boxes stay possible
 
     def _calibrate(self) -> None:
         """--qat: ranges as the averaged network has them now, for its validation and for the next epoch."""

@@ -91,7 +91,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
     _find_teachers(config)
     state.finished = False
     info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
-    return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parents[1], checkpoint, state)
+    return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parent.parent, checkpoint, state)
 
 
 def create_folder(run: Run, config: TrainConfig) -> Path:
