@@ -181,6 +181,24 @@ def test_a_folder_is_whole_or_not_at_all(tmp_path):
     assert (path / "second.txt").read_text() == "second"
 
 
+def test_an_interrupt_between_two_renames_leaves_the_older_folder(tmp_path, monkeypatch):
+    path = tmp_path / "a_model"
+    path.mkdir()
+    (path / "a.txt").write_text("old")
+    rename, calls = Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
+        (temporary / "a.txt").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a_model"] and (path / "a.txt").read_text() == "old"
+
+
 def test_leftovers_go_and_nothing_else(tmp_path):
     left = f".best_openvino_model.{'0' * 32}"
     (tmp_path / left).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,7 @@ def test_mistakes_are_one_line(flags: list[str], place: Path, capfd: pytest.Capt
         (["--project", str(blocked)], "blocked"),
         (["--precision", "fp16"], "CUDA"),
         (["--plugin", "nowhere.py"], "nowhere.py"),
+        (["--rect", "--image-weights"], "leave one of them out"),
     ]  # fmt: skip
     if not torch.cuda.is_available():
         cases.append((["--device", "0"], "sees no CUDA device here: use --device cpu"))
@@ -243,7 +245,8 @@ def start(argv: list[str], **options: object) -> subprocess.Popen:
 def test_ctrl_c_in_mid_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Sent to the whole group, as a terminal does; with worker processes. Then the run goes on."""
     flags = train_flags(tmp_path, train=40)
-    process = start([*flags, "--epochs", "500", "--workers", "2"], start_new_session=True)
+    process = start([*flags, "--epochs", "500", "--workers", "2"], start_new_session=True,
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a background job's children have lost
     results = tmp_path / "runs" / "exp" / "results.csv"
     for _ in range(3000):
         if process.poll() is not None or (results.exists() and len(results.read_text().splitlines()) > 2):
@@ -260,6 +263,17 @@ def test_ctrl_c_in_mid_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert done >= 1
     assert train.main(["--resume", str(last), "--epochs", str(done + 1), "--workers", "0"]) == 0
     assert len(rows(tmp_path / "runs" / "exp")) == done + 1
+
+
+def test_resume_goes_on_where_last_pt_lies(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder by its path, ~ included; not from a copy that lies elsewhere."""
+    folder = run(flags, "--epochs", "1", name="far")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(folder))
+    assert train.main(["--resume", "~/weights/last.pt", "--epochs", "2"]) == 0
+    assert len(rows(folder)) == 2
+    shutil.copy(folder / "weights" / "last.pt", place / "copy.pt")
+    assert "copy.pt: --resume goes on in the run's folder" in error_of(["--resume", str(place / "copy.pt"), "--epochs", "3"], capfd)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits")

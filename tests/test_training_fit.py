@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from utils.errors import UserError
 from utils.network import to_input
 from utils.training import engine
 from utils.training.engine import random_resize, same_size
-from utils.training.fit import write_results
+from utils.training.fit import image_chances, write_results
 from utils.training.memory import bytes_per_image, fit_batch
 from utils.training.stepper import Stepper
 
@@ -324,3 +325,14 @@ def test_batch_that_fits_memory(tmp_path: Path) -> None:
         fit_batch(model, 1_000_000, 64, CPU, 1, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
         fit_batch(model, 5, 64, CPU, 2, images=10)
+
+
+def test_image_chances():
+    """By hand, and the same however many images like these there are."""
+    empty, reds, green = np.zeros((0, 5)), np.zeros((3, 5)), np.array([[1.0, 0, 0, 0, 0]])
+    split = SimpleNamespace(names=("red", "green"), boxes=[empty, reds, green])
+    chances = image_chances(split, [0.5, 0])
+    np.testing.assert_allclose(chances, np.array([0, 0.25, 1]) + 1e-3)  # 3 boxes of a third of (1 - 0.5)^2; 1 box of (1 - 0)^2
+    many = image_chances(SimpleNamespace(names=split.names, boxes=split.boxes * 1000), [0.5, 0])
+    np.testing.assert_allclose(many[:3] / many[0], chances / chances[0])
+    assert image_chances(SimpleNamespace(names=split.names, boxes=[empty]), []).tolist() == [1e-3]

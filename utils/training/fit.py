@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,13 +172,7 @@ class Training:
 
     def _image_weights(self) -> np.ndarray | None:
         """--image-weights: images of classes that score low, and of rare ones, are drawn more often."""
-        if not self.config.image_weights:
-            return None
-        nc = len(self.train_split.names)
-        counts = np.stack([np.bincount(own[:, 0].astype(int), minlength=nc) for own in self.train_split.boxes])
-        need = (1 - np.array(self.state.class_ap or np.zeros(nc))) ** 2 / np.maximum(counts.sum(0), 1)
-        weights = counts @ need
-        return weights + (weights.max() or 1.0) * 1e-3  # images without boxes stay possible
+        return image_chances(self.train_split, self.state.class_ap) if self.config.image_weights else None
 
     def _calibrate(self) -> None:
         """--qat: ranges as the averaged network has them now, for its validation and for the next epoch."""
@@ -265,6 +260,19 @@ class Training:
         if self.world.rank == 0:
             remove_leftovers(self.run_dir)
             remove_leftovers(self.run_dir / "weights")
+
+
+def image_chances(split: Split, class_ap: Sequence[float]) -> np.ndarray:
+    """(images,) by how many boxes of needy classes each holds: classes that score low, or are rare.
+
+    Args:
+        class_ap: 0..1 of each class; empty before the first validation.
+    """
+    nc = len(split.names)
+    counts = np.stack([np.bincount(own[:, 0].astype(int), minlength=nc) for own in split.boxes])
+    need = (1 - np.array(class_ap or np.zeros(nc))) ** 2 / np.maximum(counts.sum(0), 1)
+    weights = counts @ need
+    return weights + (weights.max() or 1.0) * 1e-3  # images without boxes stay possible
 
 
 def _eta(state: TrainState, epochs: int, limit_s: float) -> str:

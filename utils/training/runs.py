@@ -40,6 +40,8 @@ def new_run(given: dict[str, Any]) -> Run:
     given = fine_tuning(given) if given.get("qat") else given
     config = TrainConfig(**given)
     _check_teacher(config, given)
+    if config.rect and config.image_weights:
+        raise UserError("--rect keeps its batches together, and --image-weights draws images one by one: leave one of them out")
     paths: dict[str, Any] = {"data": str(find_data_yaml(config.data))}
     paths["teacher"] = _find_teachers(config)
     paths |= {name: os.path.abspath(value) for name in ("data_root", "plugin") if (value := getattr(config, name))}
@@ -88,10 +90,14 @@ def resumed_run(given: dict[str, Any]) -> Run:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
         raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
+    folder = last.resolve().parent
+    if folder.name != "weights":
+        raise UserError(f"{last}: --resume goes on in the run's folder, and this file has left its weights/: move it back, or start anew with "
+                        f"--weights {last}")
     _find_teachers(config)
     state.finished = False
     info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
-    return Run(config, hyp_from_dict(state.hyp, str(last)), last.resolve().parent.parent, checkpoint, state)
+    return Run(config, hyp_from_dict(state.hyp, str(last)), folder.parent, checkpoint, state)
 
 
 def create_folder(run: Run, config: TrainConfig) -> Path:
