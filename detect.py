@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -20,17 +21,15 @@ from utils.threads import wait_politely
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DetectConfig, argv, "Find objects in images, videos and streams.")
     wait_politely()
-    # PyTorch and what needs it come in only now, so that --help answers at once.
-    from models.plugin import load_plugin
-    from models.weights import open_weights
+    # What takes long to import comes in only now, so that --help answers at once; PyTorch only for those who need it: it takes the longest.
+    from utils.cpu import keep_freed_memory
     from utils.data.sources import open_source
     from utils.deploy.pipeline import detect
     from utils.deploy.predictor import Predictor
     from utils.deploy.results import Style
     from utils.deploy.window import check_display
     from utils.deploy.writer import Outputs, ResultWriter
-    from utils.device import keep_freed_memory
-    from utils.evaluate.tta import Augmented
+    from utils.export.backends import is_exported, needs_torch
     from utils.files import new_run_dir
     from utils.log import info
     from utils.nms import NmsOptions
@@ -39,12 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.view_img:
         check_display()
     source = open_source(config.source, config.vid_stride)
-    load_plugin(config.plugin)
+    if is_exported(config.weights) and not needs_torch(config.weights) and not config.augment:
+        from utils.export.weights import open_exported as open_weights
+    else:
+        from models.plugin import load_plugin
+        from models.weights import open_weights
+
+        load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data)
+    if config.augment:
+        from utils.evaluate.tta import Augmented
+
+        weights = dataclasses.replace(weights, network=Augmented(weights.network))
+    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
-    network = Augmented(weights.network) if config.augment else weights.network
-    predictor = Predictor(network, weights.names, weights.pad_stride, imgsz, options, weights.device, weights.dtype)
+    predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)
     outputs = Outputs(not config.nosave, config.save_txt, config.save_conf, config.save_csv, config.save_crop, style, config.vid_stride)

@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.plugin import load_plugin
     from models.yolo import model_from_checkpoint
     from utils.checkpoint import load_checkpoint
-    from utils.device import keep_freed_memory, select_device
+    from utils.cpu import keep_freed_memory
+    from utils.device import select_device
     from utils.export.check import check_images
     from utils.export.formats import ExportJob, choose_formats
-    from utils.export.metadata import ExportMetadata
+    from utils.export.metadata import ExportMetadata, GraphNms
     from utils.export.produce import produce
     from utils.log import info
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sides = config.imgsz or (checkpoint.imgsz or DEFAULT_IMGSZ,)
     imgsz = network.whole_strides(sides[0]), network.whole_strides(sides[-1])
     weights = Path(config.weights).expanduser()
-    metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name)
+    nms = GraphNms(config.conf_thres, config.iou_thres, config.max_det) if config.nms else None
+    metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name, nms=nms)
     job = ExportJob(network, metadata, config.batch_size, config.opset)
     reference = copy.deepcopy(network).to(device) if device.type == "cuda" else network
     info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}")

@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.compare.entrants import Entrant
     from utils.compress.pruning import Pruning, check_settings, open_slices
     from utils.compress.report import report, save_pruned
+    from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
-    from utils.device import keep_freed_memory, select_device
+    from utils.device import select_device
     from utils.evaluate.validate import check_classes
     from utils.files import new_run_dir
     from utils.log import info

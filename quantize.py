@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.checkpoint import load_checkpoint
     from utils.compress.int8 import int8_format
     from utils.compress.quantization import Quantization
+    from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
-    from utils.device import keep_freed_memory
     from utils.evaluate.validate import check_classes
     from utils.export.backends import is_exported
 

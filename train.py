@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.prune import channel_graph
     from models.summary import print_summary
     from models.yolo import build_for_training, load_model, model_from_checkpoint
+    from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
-    from utils.device import compute_dtype, keep_freed_memory, select_device
+    from utils.device import compute_dtype, select_device
     from utils.distributed import join_world
     from utils.log import info
     from utils.training.anchors import adapt_anchors

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PyTorch and what needs it come in only now, so that --help answers at once.
     from models.plugin import load_plugin
     from models.weights import open_weights
+    from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits, val_loader
-    from utils.device import keep_freed_memory
     from utils.evaluate.official import pycocotools_scores
     from utils.evaluate.output import save_json, save_txt
     from utils.evaluate.table import score_table
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
+    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)

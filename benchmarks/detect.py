@@ -1,141 +1,235 @@
-"""Speed of detection from video file to annotated video file, against one stage after another (eager, NCHW, fp32, unfused, default allocator).
+"""Speed of detection from video file to annotated video file, in every format, against one stage after another (eager, NCHW, fp32, unfused).
 
-    python -m benchmarks.detect --weights ../shared/weights/yolov5n.pt --video ../shared/media/street.mp4
+    python export.py --weights yolov5n.pt --include onnx openvino --imgsz 384 640
+    python quantize.py --weights yolov5n.pt --data coco128.yaml --to openvino
+    python -m benchmarks.detect --weights yolov5n.pt --video ../shared/media/street.mp4 --images ../shared/datasets/coco128/images/train2017
 
-Each stage's milliseconds are those spent in its calls: they overlap in our pipeline, whose `inference` is of one image while others are under way.
+The files are sought beside the checkpoint; what is missing is left out. Every row is a process of its own, in which each stage also runs alone, all
+processors to itself, on some frames of the video: the slowest of them is what a pipeline could reach at best. `cores` are those busy on average: a
+pipeline that keeps all of them busy is capped by the sum of its stages' work, not by one of them. `folder` is the rate of a folder of images, labels
+written, as a share of inference alone on them. `convolution` is a fixed workload, as it ran in that process. Cold starts end the table: one image,
+from the command to its exit.
 """
 from __future__ import annotations
 
 import argparse
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import cv2
+import numpy as np
 import torch
 
 from benchmarks.interleaved import print_table, report, run_in_turn
+from models.weights import open_weights
 from models.yolo import load_model
+from utils.cpu import keep_freed_memory
 from utils.data.augment import letterbox
-from utils.data.sources import open_source
+from utils.data.sources import Source, open_source
 from utils.deploy.pipeline import detect
 from utils.deploy.predictor import Predictor
 from utils.deploy.results import Result
+from utils.deploy.video_writer import VideoWriter
 from utils.deploy.writer import Outputs, ResultWriter
-from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes
-from utils.evaluate.matching import Detections
+from utils.device import describe, peak_memory_bytes
+from utils.errors import script
+from utils.evaluate.matching import to_detections
+from utils.files import ROOT
+from utils.measure.timing import reference_convolution
 from utils.nms import NmsOptions, non_max_suppression
 
 _CPU = torch.device("cpu")
 _STRIDE = 32
+_ALONE = 60  # frames held in memory, 6 MB each at 1080p, for the stages that run alone
+_KEYS = ("decode", "inference", "draw", "encode", "slowest", "of_slowest", "cores", "folder", "convolution", "memory_GB", "boxes", "ms")
+
+
+class Mode(NamedTuple):
+    suffix: str  # of the file beside the checkpoint
+    precision: str
+
+
+MODES = {
+    "pt fp32": Mode(".pt", "fp32"),
+    "pt auto": Mode(".pt", "auto"),
+    "ONNX Runtime": Mode(".onnx", "fp32"),
+    "ONNX Runtime int8": Mode("_int8.onnx", "fp32"),
+    "OpenVINO fp32": Mode("_openvino_model", "fp32"),
+    "OpenVINO bf16": Mode("_openvino_model", "bf16"),
+    "OpenVINO int8": Mode("_int8_openvino_model", "fp32"),
+}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights", required=True, help="checkpoint, its exported files beside it")
     parser.add_argument("--video", required=True)
-    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--images", default="", help="folder of images; left out if not named")
+    parser.add_argument("--imgsz", type=int, nargs="+", default=[640], help="one number, or height and width")
+    parser.add_argument("--frames", type=int, default=0, help="of the video; 0: all")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-class Clock:
-    """Milliseconds spent in each stage's calls."""
+def beside(weights: str, mode: Mode) -> Path:
+    path = Path(weights)
+    return path.with_name(f"{path.stem}{mode.suffix}")
 
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = defaultdict(float)
 
-    def timed(self, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*args)
-            self.ms[stage] += (time.perf_counter() - start) * 1e3
-            return result
+def frames_of(args: argparse.Namespace) -> Source:
+    source = open_source(args.video)
+    return Source(lambda stop: (frame for frame in islice(source, args.frames))) if args.frames else source
 
-        return wrapped
 
-    def watched(self, cls: type, method: str, stage: str) -> type:
-        """Makes objects of `cls` with one timed method; not a subclass, for Python crashes at its end where OpenCV's classes have one."""
+def ms_each(work: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) / count * 1e3
 
-        class Watched:
-            def __init__(watched, *args: Any) -> None:
-                watched.inner = cls(*args)
-                setattr(watched, method, self.timed(stage, getattr(watched.inner, method)))
 
-            def __getattr__(watched, name: str) -> Any:
-                return getattr(watched.inner, name)
+def convolution_ms() -> float:
+    run = reference_convolution()
+    return statistics.median(ms_each(run, 1) for _ in range(20))
 
-        return Watched
 
-    def report(self, seconds: float, images: int, boxes: int, dtype: torch.dtype) -> None:
-        report(ms=seconds / images * 1e3, images_per_s=images / seconds, boxes=boxes, memory_GB=peak_memory_bytes(_CPU) / 2**30,
-               machine=describe(_CPU, dtype), **{stage: ms / images for stage, ms in self.ms.items()})
+# --- the plain loop ------------------------------------------------------------------------------------------------------------------------
 
 
 def plain(args: argparse.Namespace, out: Path) -> None:
-    """One stage after another, on the same functions but for the forward pass."""
-    clock = Clock()
+    """One stage after another, on the same functions but for the forward pass; milliseconds of each stage's calls."""
+    seconds = dict.fromkeys(("decode", "inference", "draw", "encode"), 0.0)
     model = load_model(args.weights)
-    start = time.perf_counter()
     capture = cv2.VideoCapture(args.video)
     size = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
     video = cv2.VideoWriter(str(out / "plain.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), capture.get(cv2.CAP_PROP_FPS), size)
 
-    def infer(image: Any) -> tuple[torch.Tensor, Any]:
-        padded, geometry = letterbox(image, (args.imgsz, args.imgsz), _STRIDE)
+    def infer(image: np.ndarray) -> Result:
+        padded, geometry = letterbox(image, (args.imgsz[0], args.imgsz[-1]), _STRIDE)
         rgb = torch.from_numpy(cv2.cvtColor(padded, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
-        return model.decode(model(rgb[None].float() / 255)), geometry
+        predictions = model.decode(model(rgb[None].float() / 255))
+        return Result(image, to_detections(non_max_suppression(predictions[0].numpy(), NmsOptions()), geometry), model.names)
 
-    def suppress(predictions: torch.Tensor, geometry: Any) -> Detections:
-        found = non_max_suppression(predictions, NmsOptions())[0].double().numpy()
-        return Detections(geometry.back(found[:, :4]), found[:, 4], found[:, 5].astype(int))
+    def timed(stage: str, call: Callable, *given: object) -> object:
+        start = time.perf_counter()
+        result = call(*given)
+        seconds[stage] += time.perf_counter() - start
+        return result
 
-    decode, infer, suppress = clock.timed("decode", capture.read), clock.timed("inference", infer), clock.timed("NMS", suppress)
-    draw, encode = clock.timed("draw", Result.plot), clock.timed("encode", video.write)
     images = boxes = 0
+    start = time.perf_counter()
     with torch.inference_mode():
-        while (image := decode()[1]) is not None:
-            found = suppress(*infer(image))
-            encode(draw(Result(image, found, model.names)))
-            images, boxes = images + 1, boxes + len(found.cls)
+        while (image := timed("decode", capture.read)[1]) is not None and images != (args.frames or -1):
+            result = timed("inference", infer, image)
+            timed("encode", video.write, timed("draw", result.plot))
+            images, boxes = images + 1, boxes + len(result.found.cls)
     video.release()
-    clock.report(time.perf_counter() - start, images, boxes, torch.float32)
+    report(ms=(time.perf_counter() - start) / images * 1e3, boxes=boxes, memory_GB=peak_memory_bytes(_CPU) / 2**30, convolution=convolution_ms(),
+           machine=describe(_CPU, torch.float32), **{stage: total / images * 1e3 for stage, total in seconds.items()})
 
 
-def whole(args: argparse.Namespace, out: Path, precision: str) -> None:
-    """The pipeline of detect.py; OpenCV's calls and the drawing are wrapped to time them."""
+# --- ours ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def whole(args: argparse.Namespace, mode: Mode, out: Path) -> None:
+    """The pipeline of detect.py, then each stage alone."""
     keep_freed_memory()
-    clock = Clock()
+    weights = open_weights(str(beside(args.weights, mode)), "cpu", mode.precision)
+    imgsz = weights.fixed or weights.image_size(args.imgsz)
+    predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, NmsOptions())
+    with frames_of(args) as source:
+        held = [frame.image for frame in islice(source, _ALONE)]
+    infer_all(predictor, held[:4])  # compiled, and its memory there
+    start, cpu = time.perf_counter(), time.process_time()
+    tally = detect(frames_of(args), predictor, ResultWriter(lambda: out, Outputs()))
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    alone = stages_alone(args, predictor, held, out)
+    pipeline_ms, slowest = wall / tally.images * 1e3, max(alone.values())
+    folder = {"folder": folder_share(args, predictor, out)} if args.images else {}
+    report(ms=pipeline_ms, slowest=slowest, of_slowest=pipeline_ms / slowest, cores=cpu / wall, boxes=tally.boxes, convolution=convolution_ms(),
+           memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=weights.description, **alone, **folder)
 
-    cv2.VideoCapture = clock.watched(cv2.VideoCapture, "read", "decode")
-    cv2.VideoWriter = clock.watched(cv2.VideoWriter, "write", "encode")
-    Result.plot = clock.timed("draw", Result.plot)
-    dtype = compute_dtype(precision, _CPU)
-    model = load_model(args.weights)
-    network = model.fused().to(memory_format=torch.channels_last)
-    predictor = Predictor(network, model.names, _STRIDE, (args.imgsz, args.imgsz), NmsOptions(), _CPU, dtype)
-    tally = detect(open_source(args.video), predictor, ResultWriter(lambda: out, Outputs()))
-    clock.ms |= {"inference": tally.inference_ms, "NMS": tally.nms_ms}
-    clock.report(tally.seconds, tally.images, tally.boxes, dtype)
+
+def infer_all(predictor: Predictor, images: Iterable[np.ndarray]) -> list[Result]:
+    with predictor.runner.threads() as (pool, _):
+        return list(pool.map(predictor, images))
 
 
+def stages_alone(args: argparse.Namespace, predictor: Predictor, held: Sequence[np.ndarray], out: Path) -> dict[str, float]:
+    """Milliseconds a frame."""
+    count, (height, width) = len(held), held[0].shape[:2]
+
+    def decode() -> None:
+        capture = cv2.VideoCapture(args.video)
+        for _ in range(count):
+            capture.read()
+
+    def encode() -> None:
+        with VideoWriter(out / "alone.mp4", 25, (width, height)) as video:
+            for image in held:
+                video.write(image)
+
+    alone = {"decode": ms_each(decode, count), "inference": ms_each(lambda: infer_all(predictor, held), count)}
+    results = infer_all(predictor, held)
+    return alone | {"draw": ms_each(lambda: [result.plot() for result in results], count), "encode": ms_each(encode, count)}
+
+
+def folder_share(args: argparse.Namespace, predictor: Predictor, out: Path) -> float:
+    """A folder's images a second, labels written, as a share of inference alone on the same images."""
+    with open_source(args.images) as source:
+        images = [frame.image for frame in source]
+    alone = ms_each(lambda: infer_all(predictor, images), len(images))
+    tally = detect(open_source(args.images), predictor, ResultWriter(lambda: out, Outputs(images=False, txt=True)))
+    return alone / (tally.seconds / tally.images * 1e3)
+
+
+# --- cold starts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def cold_starts(args: argparse.Namespace, modes: Sequence[str]) -> Iterator[str]:
+    """Seconds of `detect.py` on one image, median and range; the first round, which fills the page cache, does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "frame.jpg"
+        with open_source(args.video) as source:
+            cv2.imwrite(str(image), next(source).image)
+        seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(args.repeats + 1):
+            for mode in modes:
+                flags = ["--weights", str(beside(args.weights, MODES[mode])), "--source", str(image), "--project", folder, "--device", "cpu",
+                         "--precision", MODES[mode].precision]
+                start = time.perf_counter()
+                subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], check=True, capture_output=True)
+                seconds[mode].append(time.perf_counter() - start)
+    for mode, (_, *counted) in seconds.items():
+        yield f"{f'cold start, {mode}':34}{statistics.median(counted):10.2f} s{f'{min(counted):.2f} - {max(counted):.2f}':>18}"
+
+
+@script
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    modes = {"plain": lambda out: plain(args, out),
-             "whole-fp32": lambda out: whole(args, out, "fp32"),
-             "whole-auto": lambda out: whole(args, out, "auto")}
     if args.only:
         with tempfile.TemporaryDirectory() as folder:
-            modes[args.only](Path(folder))
+            plain(args, Path(folder)) if args.only == "plain" else whole(args, MODES[args.only], Path(folder))
         return 0
-    passed_on = [item for key in ("weights", "video", "imgsz") for item in (f"--{key}", str(getattr(args, key)))]
-    results = run_in_turn("benchmarks.detect", list(modes), passed_on, args.repeats)
-    print_table(results, ("decode", "inference", "NMS", "draw", "encode", "boxes", "memory_GB", "images_per_s", "ms"), "ms")
+    modes = [name for name in args.modes if beside(args.weights, MODES[name]).exists()]
+    for name in args.modes:
+        if name not in modes:
+            print(f"{name}: no {beside(args.weights, MODES[name])}: left out", file=sys.stderr)
+    passed_on = [f"--{key}={getattr(args, key)}" for key in ("weights", "video", "images", "frames")] + ["--imgsz", *map(str, args.imgsz)]
+    results = run_in_turn("benchmarks.detect", ["plain", *modes], passed_on, args.repeats)
+    print_table(results, _KEYS, "ms")
+    for name in modes:
+        print(f"{name}: {results[name][0]['machine']}")
+    for line in cold_starts(args, modes):
+        print(line)
     return 0
 
 

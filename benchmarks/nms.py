@@ -18,8 +18,9 @@ from torchvision.ops import nms
 from models.yolo import load_model
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import DataOptions
+from utils.cpu import keep_freed_memory
 from utils.data.open import open_splits, val_loader
-from utils.device import describe, keep_freed_memory
+from utils.device import describe
 from utils.errors import script
 from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'predictions':16}{'work':30}{'boxes':>8}{'wall ms/image':>15}{'cpu ms/image':>15}{'of plain':>10}")
     for name, batches in sets.items():
         for what, options in (("validation, conf .001", VALIDATION), ("detection, conf .25", NmsOptions())):
-            works = {"plain": lambda p, o=options: plain(p, o), "ours": lambda p, o=options: non_max_suppression(p, o)}
+            works = {"plain": lambda p, o=options: plain(p, o), "ours": lambda p, o=options: [non_max_suppression(image, o) for image in p.numpy()]}
             rounds = [{mode: timed(work, batches) for mode, work in works.items()} for _ in range(args.repeats + 1)][1:]  # the first one warms up
             for mode in works:
                 wall, cpu, ratio = (sorted(values)[len(values) // 2] for values in zip(

@@ -17,8 +17,9 @@ from benchmarks.interleaved import print_table, report, run_in_turn
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.config import TrainConfig
+from utils.cpu import keep_freed_memory
 from utils.data.open import open_splits
-from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes
+from utils.device import compute_dtype, describe, peak_memory_bytes
 from utils.hyp import Hyp
 from utils.training.fit import Training
 from utils.training.loss import DetectionLoss

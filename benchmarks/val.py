@@ -14,8 +14,9 @@ import torch
 from benchmarks.interleaved import print_table, report, run_in_turn
 from models.yolo import load_model
 from utils.config import DataOptions
+from utils.cpu import keep_freed_memory
 from utils.data.open import open_splits, val_loader
-from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes
+from utils.device import compute_dtype, describe, peak_memory_bytes
 from utils.evaluate.validate import validate
 
 _CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from typing import Any
 
 from models.weights import OpenWeights, open_weights
 from utils.config import DetectConfig
+from utils.cpu import PrecisionName
 from utils.deploy.inputs import Picture, open_pictures
 from utils.deploy.predictor import Predictor
 from utils.deploy.results import Result
-from utils.device import PrecisionName
 from utils.errors import UserError
 from utils.evaluate.tta import Augmented
 from utils.flags import check_value
@@ -61,7 +61,7 @@ class Detector:
         """
         if not isinstance(weights, OpenWeights):
             weights = open_weights(str(weights), device, precision, data, at_once=callers)
-        self.weights = weights._replace(network=Augmented(weights.network)) if augment else weights
+        self.weights = dataclasses.replace(weights, network=Augmented(weights.network)) if augment else weights
         self.names = self.weights.names
 
     def __call__(
@@ -95,8 +95,8 @@ class Detector:
     def run(self, pictures: Iterable[Picture], options: NmsOptions, imgsz: int | Sequence[int] | None = None) -> list[Result]:
         """`__call__` on images that are pixels already, with settings that are checked."""
         weights = self.weights
-        predictor = Predictor(weights.network, weights.names, weights.pad_stride, weights.image_size(_sides(imgsz)), options, weights.device,
-                              weights.dtype)
+        weights.tell_limits(options.conf_thres, options.iou_thres, options.max_det)
+        predictor = Predictor(weights.runner, weights.names, weights.pad_stride, weights.image_size(_sides(imgsz)), options)
         return [dataclasses.replace(predictor(image), path=path) for path, image in pictures]
 
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from models.plugin import load_plugin
 from models.spec import load_spec
 from models.yolo import DetectionModel
-from utils.device import compute_dtype, describe, keep_freed_memory, peak_memory_bytes, select_device
+from utils.cpu import keep_freed_memory
+from utils.device import compute_dtype, describe, peak_memory_bytes, select_device
 from utils.errors import UserError, script
 from utils.flags import Parser
 from utils.log import info

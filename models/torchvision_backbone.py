@@ -3,16 +3,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.backbones import LEVELS, Backbone, Map, check_weights, from_image, read_weights
 from models.registry import register
 from utils.errors import UserError, first_line
+from utils.extras import import_extra
 from utils.files import did_you_mean
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,15 +25,17 @@ class Torchvision(Backbone):
 
     def __init__(self, name: str, out: Sequence[int] = (2, 3, 4), pretrained: bool | str = False) -> None:
         super().__init__(name, out, pretrained)
-        names = torchvision.models.list_models(torchvision.models)
+        models = _models()
+        names = models.list_models(models)
         if name not in names:
             raise UserError(f"torchvision has no classifier {name}{did_you_mean(name, names)}")
-        self._weights = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
+        self._weights = getattr(models.get_model_weights(name), "DEFAULT", None)
         try:
             with torch.device("meta"):
                 levels = _levels(_classifier(name))
             places = [m.place for m in self._choose(levels)]
-            both = create_feature_extractor(_classifier(name), places, suppress_diff_warning=True)
+            both = import_extra("torchvision.models.feature_extraction").create_feature_extractor(
+                _classifier(name), places, suppress_diff_warning=True)
         except UserError:
             raise
         except Exception as error:
@@ -65,12 +67,17 @@ class Torchvision(Backbone):
         return {key: value for key, value in weights.items() if key in own}
 
 
+def _models() -> ModuleType:
+    """Only for those who name one of them: importing them takes as long as importing torch."""
+    return import_extra("torchvision").models
+
+
 def _classifier(name: str) -> nn.Module:
     try:
-        return torchvision.models.get_model(name, weights=None)
+        return _models().get_model(name, weights=None)
     except NotImplementedError:  # RegNets read numbers off tensors as they are built, which the meta device can't
         with torch.device("cpu"):
-            return torchvision.models.get_model(name, weights=None).to("meta")
+            return _models().get_model(name, weights=None).to("meta")
 
 
 def _levels(net: nn.Module) -> dict[int, Map]:

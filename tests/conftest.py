@@ -1,6 +1,7 @@
 """Shared fixtures. Real data lies beside the project; a test that needs it skips where it is missing."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from utils.extras import forbid_telemetry
 
 forbid_telemetry()  # tests import the packages themselves, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as below, in exported files' runtimes and in the scripts that tests start
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import complete_box_iou_loss
 
-from utils.boxes import Letterbox, centre_in, ciou, clip_xyxy, cxcywh_to_xyxy, scaled_to, xyxy_to_cxcywh
+from utils.boxes import Letterbox, centre_in, clip_xyxy, cxcywh_to_xyxy, scaled_to, xyxy_to_cxcywh
+from utils.training.ciou import ciou
 
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array])

@@ -13,13 +13,13 @@ from tiny import data_yaml, make_split, picture_split
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import ValConfig
+from utils.cpu import free_memory_bytes
 from utils.data import imagecache
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
 from utils.data.loader import EpochBatches, make_loader
 from utils.data.open import open_splits, val_loader
-from utils.device import free_memory_bytes
 from utils.errors import UserError
 from utils.hyp import Hyp
 

@@ -32,6 +32,7 @@ from utils.deploy.results import Result, Style, Tally
 from utils.deploy.writer import Outputs, ResultWriter, file_name
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
+from utils.network import TorchRunner
 from utils.nms import NmsOptions
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ ONE_BOX = [(320, 192, 64, 32, 0.9, 1.0, 0.0)]
 
 
 def fixed(rows: Sequence[Sequence[float]] = ONE_BOX, wait_s: Sequence[float] = (0.0,), **options: object) -> Predictor:
-    return Predictor(FixedNetwork(rows, wait_s), ("cat", "dog"), 32, (640, 640), NmsOptions(**options), CPU)
+    return Predictor(TorchRunner(FixedNetwork(rows, wait_s), CPU), ("cat", "dog"), 32, (640, 640), NmsOptions(**options))
 
 
 def result_of(rows: Sequence[Sequence[float]], size: tuple[int, int] = (100, 80), names: Sequence[str] = ("cat", "dog")) -> Result:
@@ -166,7 +167,8 @@ def test_letterbox_fits_and_comes_back(size, strides, stride):
 @pytest.fixture(scope="module")
 def reference_predictor(shared) -> Predictor:
     model = load_model(str(shared / "weights" / "yolov5n.pt"))
-    return Predictor(model.fused().to(memory_format=torch.channels_last), model.names, 32, (640, 640), NmsOptions(), CPU)
+    runner = TorchRunner(model.fused().to(memory_format=torch.channels_last), CPU)
+    return Predictor(runner, model.names, 32, (640, 640), NmsOptions())
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -184,7 +186,7 @@ def test_reference_boxes(shared, reference_predictor, name):
 def test_predictor_brings_boxes_back():
     predictor = fixed()
     result = predictor(np.zeros((1080, 1920, 3), np.uint8))
-    assert predictor.network.shapes == [(1, 3, 384, 640)]
+    assert predictor.runner.network.shapes == [(1, 3, 384, 640)]
     # 1920x1080 at a third, 12 rows of padding above: (288, 176, 352, 208) -> ((288, 164, 352, 196) * 3
     np.testing.assert_allclose(result.found.xyxy, [[864, 492, 1056, 588]])
     assert result.found.conf == pytest.approx([0.9]) and result.found.cls.tolist() == [0]
@@ -193,7 +195,7 @@ def test_predictor_brings_boxes_back():
 def test_predictor_gives_rgb_in_0_1():
     seen = []
     predictor = fixed()
-    predictor.network = type("Spy", (FixedNetwork,), {"__call__": lambda self, images: seen.append(images.clone()) or [self.rows]})()
+    predictor.runner.network = type("Spy", (FixedNetwork,), {"__call__": lambda self, images: seen.append(images.clone()) or [self.rows]})()
     predictor(np.full((32, 32, 3), (255, 51, 0), np.uint8))
     np.testing.assert_allclose(seen[0][0, :, 5, 5], [0, 0.2, 1], atol=1e-6)
 
@@ -358,7 +360,7 @@ def test_error_of_the_source(tmp_path):
 
 def test_error_of_the_network(tmp_path):
     predictor = fixed()
-    predictor.network = FailingNetwork(ONE_BOX)
+    predictor.runner.network = FailingNetwork(ONE_BOX)
     with pytest.raises(Boom):
         detect(source_of(frames_of("clip.mp4", 500)), predictor, writer_of(tmp_path / "out", csv=True))
     assert names_below(tmp_path) == [] and not our_threads()

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from tiny import lively, tiny_model
 from torch import Tensor, nn
 
+import detect
 from models.weights import open_weights
 from models.yolo import DetectionModel
 from utils.errors import UserError
@@ -19,6 +23,7 @@ from utils.export.converters import to_onnx
 from utils.export.formats import FORMATS, ExportJob
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata, stamp_onnx
+from utils.network import TorchRunner, to_input
 
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
@@ -74,6 +79,41 @@ def test_memory_layout_and_results_are_the_callers_own(kind: str, files, tiny):
     network(images * 0.5)
     assert torch.equal(first, kept) and not torch.equal(first, network(images * 0.5))
     torch.testing.assert_close(first, tiny.decode(tiny(images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_in_boxes_out(kind: str, files, tiny):
+    """As detection runs it: arrays, the same boxes as tensors give, to the last bit, and as the checkpoint finds."""
+    network = open_network(files[kind])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), np.uint8)
+    found = network.run(pixels, 0.25)
+    images = to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.device("cpu"))
+    for boxes, same, own in zip(found, network(images), TorchRunner(tiny, "cpu").run(pixels, 0.25), strict=True):
+        assert boxes.dtype == np.float32
+        np.testing.assert_array_equal(boxes, same.numpy())
+        np.testing.assert_allclose(boxes, own, rtol=1e-4, atol=1e-4)
+    with network.threads() as (pool, workers):
+        assert workers == network.at_once and len(pool.submit(network.run, pixels, 0.25).result()) == 3
+
+
+WITHOUT_TORCH = """
+import sys
+import detect
+code = detect.main(sys.argv[1:])
+heavy = {"torch", "torchvision", "matplotlib", "scipy", "pandas"} & sys.modules.keys()
+print("exit code", code, "imported", sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize("kind", ["onnx static", "openvino dynamic"])
+def test_detection_imports_no_torch(kind: str, files, tmp_path: Path):
+    """Which would take most of the time until the first box."""
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.full((60, 80, 3), 99, np.uint8))
+    arguments = ["--weights", files[kind], "--source", tmp_path / "a.jpg", "--project", tmp_path, "--save-txt", "--save-csv", "--save-crop"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(detect.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "exit code 0 imported []" and (tmp_path / "exp" / "a.jpg").is_file()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -244,7 +284,7 @@ def test_what_is_not_there(files, tmp_path: Path):
 
 
 def test_which_files_are_exported(files):
-    assert all(map(is_exported, ("a.onnx", "x/best_openvino_model", "x/best_openvino_model/", "a.xml")))
+    assert all(map(is_exported, ("a.onnx", "a.torchscript", "x/best_openvino_model", "x/best_openvino_model/", "a.xml")))
     assert not any(map(is_exported, ("a.pt", "runs/exp", "best_openvino_model/a.pt")))
     folder = files["openvino static"]
     assert find_exported(folder) == find_exported(f"{folder}/") == find_exported(folder / "tiny.xml") == folder / "tiny.xml"

@@ -21,7 +21,7 @@ from utils.export.backends import open_network
 for package in ("onnx", "onnxruntime", "openvino"):
     pytest.importorskip(package)
 pytestmark = pytest.mark.usefixtures("one_thread")
-FILES = {"onnx": "tiny.onnx", "openvino": "tiny_openvino_model"}
+FILES = {"onnx": "tiny.onnx", "openvino": "tiny_openvino_model", "torchscript": "tiny.torchscript"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def place(tmp_path_factory) -> Path:
     for name in ("alone", "static", "dynamic"):
         save_checkpoint(place / name / "tiny.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
     for name, flags in (("static", ["--batch", "3"]), ("dynamic", ["--dynamic"])):
-        assert export.main([*weights(place / name / "tiny.pt"), "--include", "onnx", "openvino", *flags]) == 0
+        assert export.main([*weights(place / name / "tiny.pt"), "--include", *FILES, *flags]) == 0
     return place
 
 
@@ -62,14 +62,14 @@ def lines(place: Path, path: Path, name: str, *flags: str) -> dict[str, np.ndarr
 def test_files_and_what_is_said(place: Path, tmp_path: Path, capfd):
     save = (place / "alone" / "tiny.pt").read_bytes()
     (tmp_path / "mine.pt").write_bytes(save)
-    flags = ["--include", "openvino", "onnx", "--imgsz", "60", "90", "--half", "--data", str(place / "tiny_data.yaml")]
+    flags = ["--include", *FILES, "--imgsz", "60", "90", "--half", "--data", str(place / "tiny_data.yaml")]
     assert export.main([*weights(tmp_path / "mine.pt"), *flags]) == 0
     out = capfd.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt", "mine_openvino_model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt", "mine.torchscript", "mine_openvino_model"]
     assert sorted(p.name for p in (tmp_path / "mine_openvino_model").iterdir()) == ["mine.bin", "mine.xml"]
     assert (tmp_path / "mine.pt").read_bytes() == save
     assert "64x96 px, fp16" in out and "raw outputs of 4 images" in out  # the val split's
-    for name in ("mine.onnx", "mine_openvino_model"):
+    for name in ("mine.onnx", "mine.torchscript", "mine_openvino_model"):
         assert f"--weights {tmp_path / name} --source" in out and re.search(rf"{name}: [\d.]+ MiB.*max .*mean .* px.*have their partner", out)
         metadata = open_network(tmp_path / name).metadata
         assert (metadata.imgsz, metadata.dynamic, metadata.precision, metadata.source, metadata.names) == ((64, 96), False, "fp16", "mine.pt",
@@ -99,7 +99,7 @@ def test_map_of_photographs_is_the_checkpoints(kind: str, shared: Path, tmp_path
 
 
 def test_static_files_get_squares(place: Path, capfd, monkeypatch):
-    """Of one checkpoint both formats find the same; so does the checkpoint on square images."""
+    """Of one checkpoint all formats find the same; so does the checkpoint on square images."""
     found = {scores(place, place / "static" / file, capfd=capfd) for file in FILES.values()}
     monkeypatch.setattr("models.weights.open_weights", lambda *args: open_weights(*args)._replace(pad_stride=None))
     assert found == {scores(place, place / "alone" / "tiny.pt", capfd=capfd)}

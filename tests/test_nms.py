@@ -13,7 +13,8 @@ from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
 
 def suppress(predictions: Tensor, *options: float, **named: object) -> list[Tensor]:
-    return non_max_suppression(predictions, NmsOptions(*options, **named))
+    """Image by image."""
+    return [torch.from_numpy(non_max_suppression(image.numpy(), NmsOptions(*options, **named))) for image in predictions]
 
 
 def random_predictions(n: int, classes: int, seed: int = 0, batch: int = 1, spread: float = 100) -> Tensor:
@@ -151,6 +152,23 @@ def test_of_equal_confidences_the_earlier_comes_first():
     assert suppress(predictions.flip(1), 0.1, 0.5)[0][:, 0].tolist() == [195, 49, 45]
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ties_equal_brute_force(options):
+    """Confidences of four values, corners on a coarse grid: many equal boxes and confidences, and IoUs at the threshold itself."""
+    for seed in range(6):
+        predictions = random_predictions(80, 3, seed, spread=60)
+        predictions[..., :4] = (predictions[..., :4] / 8).round().clamp(min=1) * 8
+        predictions[..., 4:] = (predictions[..., 4:] * 2).round().clamp(min=1) / 2
+        for iou_thres in (0.25, 0.5):
+            (ours,) = suppress(predictions, 0.1, iou_thres, **options)
+            torch.testing.assert_close(ours, brute_force(predictions[0], 0.1, iou_thres, **options), rtol=0, atol=0)
+
+
+def test_an_iou_at_the_threshold_is_not_above_it():
+    boxes = torch.tensor([[[8.0, 8, 16, 16, 0.9, 1], [8, 4, 16, 8, 0.8, 1]]])  # the upper half: IoU 0.5
+    assert len(suppress(boxes, 0.1, 0.5)[0]) == 2 and len(suppress(boxes, 0.1, 0.499)[0]) == 1
+
+
 def test_boxes_of_two_classes_never_meet():
     """Also of neighbouring class numbers, of boxes far outside the image and of the largest images."""
     for size in (10.0, 1e4, 1e5):
@@ -181,12 +199,10 @@ def test_an_untrained_networks_noise_is_bounded():
     assert 0 < len(found) <= 300 and found[0, 4] == best
 
 
-def test_half_precision_and_inference_mode():
+def test_half_precision():
     predictions = random_predictions(100, 3)
-    with torch.inference_mode():
-        found = suppress(predictions.repeat(2, 1, 1), 0.1, 0.5, multi_label=True)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], suppress(predictions, 0.1, 0.5, multi_label=True)[0])
-    assert len(suppress(predictions.half(), 0.1, 0.5)[0]) > 5 and len(suppress(predictions.bfloat16(), 0.1, 0.5)[0]) > 5
+    (found,) = suppress(predictions.half(), 0.1, 0.5)
+    assert found.dtype == torch.float16 and len(found) > 5
 
 
 def test_the_options_are_the_arguments():
@@ -195,13 +211,3 @@ def test_the_options_are_the_arguments():
     for options, same in ((NmsOptions(), {}), (VALIDATION, {"conf_thres": 0.001, "iou_thres": 0.6, "multi_label": True, "max_det": 300})):
         for a, b in zip(suppress(predictions, **vars(options)), suppress(predictions, **same), strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.gpu
-def test_cuda_equals_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    predictions = random_predictions(3000, 7, 5, batch=2, spread=640)
-    for options in OPTIONS:
-        for a, b in zip(suppress(predictions, **options), suppress(predictions.cuda(), **options), strict=True):
-            torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-3)

@@ -15,7 +15,7 @@ import val
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.compress import quantization
 from utils.compress.int8 import Scores, int8_format
-from utils.device import cpu_int8
+from utils.cpu import cpu_int8
 from utils.errors import UserError
 from utils.export.backends import open_network
 
@@ -112,7 +112,7 @@ def test_a_sensitive_layer_stays_float(place: Path, tmp_path: Path, capsys, monk
     ({"amx_int8", "avx512_vnni"}, "AMX and AVX-512 VNNI"), ({"asimddp"}, "dot products"), (set(), "no int8 instructions"),
 ])  # fmt: skip
 def test_the_processors_int8_is_named(flags, said, monkeypatch):
-    monkeypatch.setattr("utils.device._cpu_flags", lambda: flags)
+    monkeypatch.setattr("utils.cpu._cpu_flags", lambda: flags)
     assert cpu_int8().startswith(said)
 
 

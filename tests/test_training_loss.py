@@ -10,8 +10,9 @@ from tiny import tiny_model
 from torch import Tensor
 from torchvision.ops import complete_box_iou_loss
 
-from utils.boxes import ciou, cxcywh_to_xyxy
+from utils.boxes import cxcywh_to_xyxy
 from utils.hyp import Hyp
+from utils.training.ciou import ciou
 from utils.training.loss import DetectionLoss, box_of
 
 HYP = Hyp()

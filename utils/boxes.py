@@ -1,55 +1,37 @@
-"""Boxes as pure functions of arrays. Names carry the format: xyxy corners, cxcywh centre and size; suffix n = divided by the image's size."""
+"""Boxes as pure functions of arrays, NumPy's or PyTorch's.
+
+Names carry the format: xyxy corners, cxcywh centre and size; suffix n = divided by the image's size.
+"""
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-Array = TypeVar("Array", np.ndarray, Tensor)
-_EPS = 1e-7
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 
 
 def cxcywh_to_xyxy(boxes: Array) -> Array:
     """(…, 4) centre and size to corners."""
-    stack = torch.stack if isinstance(boxes, Tensor) else np.stack
     cx, cy, half_w, half_h = boxes[..., 0], boxes[..., 1], boxes[..., 2] / 2, boxes[..., 3] / 2
-    return stack((cx - half_w, cy - half_h, cx + half_w, cy + half_h), -1)
+    return _stack((cx - half_w, cy - half_h, cx + half_w, cy + half_h))
 
 
 def xyxy_to_cxcywh(boxes: Array) -> Array:
     """(…, 4) corners to centre and size."""
-    stack = torch.stack if isinstance(boxes, Tensor) else np.stack
     x1, y1, x2, y2 = boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
-    return stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), -1)
+    return _stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1))
 
 
 def clip_xyxy(boxes: Array, width: float, height: float) -> Array:
     """(…, 4) corners held inside an image of width x height; a new array."""
-    boxes = boxes.clone() if isinstance(boxes, Tensor) else boxes.copy()
+    boxes = boxes.copy() if isinstance(boxes, np.ndarray) else boxes.clone()
     boxes[..., 0::2] = boxes[..., 0::2].clip(0, width)
     boxes[..., 1::2] = boxes[..., 1::2].clip(0, height)
     return boxes
-
-
-def ciou(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
-    """Complete IoU of paired boxes, (N, 4) and (N, 4) -> (N,), differentiable (Zheng et al., 2020, eq. 9-11)."""
-    a, b = cxcywh_to_xyxy(a_cxcywh), cxcywh_to_xyxy(b_cxcywh)
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
-    area_a, area_b = a_cxcywh[:, 2:].prod(1), b_cxcywh[:, 2:].prod(1)
-    iou = overlap / (area_a + area_b - overlap + _EPS)
-
-    hull = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
-    diagonal2 = hull.square().sum(1) + _EPS
-    centres2 = (a_cxcywh[:, :2] - b_cxcywh[:, :2]).square().sum(1)
-    angle_a = torch.atan(a_cxcywh[:, 2] / (a_cxcywh[:, 3] + _EPS))
-    angle_b = torch.atan(b_cxcywh[:, 2] / (b_cxcywh[:, 3] + _EPS))
-    aspect = 4 / math.pi**2 * (angle_a - angle_b).square()
-    with torch.no_grad():
-        alpha = aspect / (1 - iou + aspect + _EPS)
-    return iou - centres2 / diagonal2 - alpha * aspect
 
 
 class Letterbox(NamedTuple):
@@ -81,7 +63,15 @@ class Letterbox(NamedTuple):
 
 
 def _like(array: Array, values: tuple[float, ...]) -> Array:
-    return array.new_tensor(values) if isinstance(array, Tensor) else np.asarray(values, array.dtype)
+    return np.asarray(values, array.dtype) if isinstance(array, np.ndarray) else array.new_tensor(values)
+
+
+def _stack(columns: tuple[Array, ...]) -> Array:
+    if isinstance(columns[0], np.ndarray | np.generic):
+        return np.stack(columns, -1)
+    import torch  # whoever has a tensor has imported it
+
+    return torch.stack(columns, -1)
 
 
 def centre_in(size: tuple[int, int], scaled: tuple[int, int], target: tuple[int, int]) -> Letterbox:

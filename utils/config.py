@@ -86,7 +86,7 @@ class TrainConfig(DataOptions, NewRun):
 
 @dataclass(frozen=True)
 class InferenceOptions(NewRun):
-    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx file or *_openvino_model folder", required=True)
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx or .torchscript file, or *_openvino_model folder", required=True)
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
     save_txt: bool = option(False, "write labels/NAME.txt for each image")
@@ -136,13 +136,17 @@ class DetectConfig(InferenceOptions):
 @dataclass(frozen=True)
 class ExportConfig:
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
-    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino", nargs="+", type=str)
+    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino torchscript", nargs="+", type=str)
     imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
                                            check=SIZES, aliases=("--img", "--img-size"))
     batch_size: int = option(1, "images a batch, where not --dynamic", check=POSITIVE, aliases=("--batch",))
     dynamic: bool = option(False, "a graph for any batch and image size; else for these alone")
     half: bool = option(False, "fp16 weights; images and boxes stay float32")
     opset: int = option(17, "of ONNX", check=POSITIVE)
+    nms: bool = option(False, "non-maximum suppression in the graph (onnx, openvino): its output is final boxes")
+    conf_thres: float = option(0.25, "with --nms: least confidence", check=UNIT, aliases=("--conf",))
+    iou_thres: float = option(0.45, "with --nms: non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
+    max_det: int = option(1000, "with --nms: most boxes an image, and the rows of the output", check=POSITIVE)
     data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")
     data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
     device: str = option("cpu", "where the checkpoint runs that each file is compared with; conversion and files run on the CPU")
@@ -169,6 +173,8 @@ class QuantizeConfig(DataOptions):
 class CompareConfig(DataOptions, Common):
     cfg: tuple[str, ...] = option((), "model YAMLs, or patterns such as 'models/*.yaml'", nargs="+", type=str)
     weights: tuple[str, ...] = option((), "checkpoints to compare as they are", nargs="+", type=str)
+    formats: str = option("", "instead: this checkpoint and the exported files beside it: size, mAP with --data, latency, start-up time",
+                          metavar="best.pt")
     data: str = option("", "train and score on this data YAML, found as given or in data/; without it costs are measured only")
     imgsz: int | None = option(None, f"image size, pixels (default: that of --weights, else {DEFAULT_IMGSZ})", type=int, check=SIZE,
                                aliases=("--img", "--img-size"))

@@ -1,17 +1,17 @@
-"""What those who run a network need of it, and how a CPU runs it fastest."""
+"""What those who run a network in PyTorch need of it, and how a CPU runs it fastest."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from utils.cpu import images_at_once
 from utils.device import autocast
-
-_MAX_WORKERS = 4  # each holds its own activations
 
 
 class Network(Protocol):
@@ -38,9 +38,29 @@ def infer(network: Network, images: Tensor, device: torch.device, dtype: torch.d
     return outputs, decoded
 
 
-def images_at_once(device: torch.device) -> int:
-    """Threads of `inference_threads`, each with an image of its own."""
-    return min(torch.get_num_threads(), _MAX_WORKERS) if device.type == "cpu" else 1
+def to_arrays(decoded: Tensor, least: float) -> Sequence[np.ndarray]:
+    """Decoded boxes (B, N, 5 + C) as an array for each image; only those whose objectness is above `least` leave a GPU."""
+    images = [image[image[:, 4] > least] for image in decoded] if decoded.is_cuda else decoded
+    return [image.float().numpy(force=True) for image in images]
+
+
+class TorchRunner:
+    """A network in PyTorch as a `Runner` (utils/runner.py).
+
+    Args:
+        network: ready for inference on `device`.
+        dtype: of convolutions and matrix products.
+    """
+
+    def __init__(self, network: Network, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        self.network, self.device, self.dtype = network, torch.device(device), dtype
+
+    def run(self, images: np.ndarray, least: float) -> Sequence[np.ndarray]:
+        channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return to_arrays(infer(self.network, channels_last, self.device, self.dtype)[1], least)
+
+    def threads(self) -> AbstractContextManager[tuple[ThreadPoolExecutor, int]]:
+        return inference_threads(self.device)
 
 
 @contextmanager
@@ -50,7 +70,8 @@ def inference_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor
     Two images on a core each finish sooner than one after the other on two cores: within one image the cores wait for each other after
     every layer, and a core that decodes or encodes meanwhile makes all of them late (docs/results.md). A GPU takes one batch at a time.
     """
-    threads, workers = torch.get_num_threads(), images_at_once(device)
+    threads = torch.get_num_threads()
+    workers = images_at_once(threads) if device.type == "cpu" else 1
     pool = ThreadPoolExecutor(workers, "inference", initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),))
     try:
         yield pool, workers

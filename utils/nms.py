@@ -1,12 +1,11 @@
-"""Non-maximum suppression: decoded predictions of a batch -> the boxes to keep, image by image."""
+"""Non-maximum suppression: an image's decoded predictions -> the boxes to keep. No torch, so that every runtime's boxes are settled here."""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torchvision.ops import nms as torchvision_nms
+import cv2
+import numpy as np
 
 from utils.boxes import cxcywh_to_xyxy
 
@@ -37,57 +36,55 @@ class NmsOptions:
 VALIDATION = NmsOptions(conf_thres=0.001, iou_thres=0.6, multi_label=True, max_det=300)
 
 
-def non_max_suppression(predictions: Tensor, options: NmsOptions) -> list[Tensor]:
-    """(B, N, 5 + C) of cx, cy, w, h, objectness, class probabilities -> B tensors (n, 6): x1, y1, x2, y2, confidence, class; best first.
+def non_max_suppression(predictions: np.ndarray, options: NmsOptions) -> np.ndarray:
+    """(N, 5 + C) float of cx, cy, w, h, objectness, class probabilities -> (n, 6) float: x1, y1, x2, y2, confidence, class; best first.
 
-    An image without a box gives a (0, 6) tensor. Of equal confidences the earlier prediction comes first; a box that is not
-    finite, or whose confidence is no number, is left out.
+    Of equal confidences the earlier prediction comes first; a box that is not finite, or whose confidence is no number, is left out.
     """
-    # Before any product or sort: all but a few rows go here, as no confidence exceeds the objectness.
-    likely = predictions[..., 4] > options.conf_thres
-    kept = []
-    for image, mask in zip(predictions, likely, strict=True):
-        rows = image.index_select(0, mask.nonzero().squeeze(1))
-        conf, cls, row = _candidates(rows, options)
-        kept.append(_suppress(cxcywh_to_xyxy(rows[:, :4])[row], conf, cls, options))
-    return kept
+    rows = predictions[predictions[:, 4] > options.conf_thres]  # before any product or sort, as no confidence exceeds the objectness
+    rows = rows[np.isfinite(rows[:, :4]).all(1)]
+    conf, cls, row = _candidates(rows, options)
+    return _suppress(cxcywh_to_xyxy(rows[:, :4])[row], conf, cls, options)
 
 
-def _candidates(rows: Tensor, options: NmsOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(rows: np.ndarray, options: NmsOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows (n, 5 + C) whose objectness passes -> confidence, class and row (m,) of each candidate, best first."""
-    unreal = 0 * rows[:, :4].sum(1, keepdim=True)  # not a number where the box is not finite: then no score is above a threshold
-    scores = rows[:, 5:] * (rows[:, 4:5] + unreal)
+    scores = rows[:, 5:] * rows[:, 4:5]
     if options.multi_label and scores.shape[1] > 1:
-        index = (scores > options.conf_thres).flatten().nonzero().squeeze(1)
-        conf, row, cls = scores.flatten()[index], index // scores.shape[1], index % scores.shape[1]
+        index = np.flatnonzero(scores > options.conf_thres)
+        conf, (row, cls) = scores.ravel()[index], divmod(index, scores.shape[1])
     else:
-        conf, cls = scores.max(1)
-        row = (conf > options.conf_thres).nonzero().squeeze(1)
+        cls = scores.argmax(1)
+        conf = scores[np.arange(len(rows)), cls]
+        row = np.flatnonzero(conf > options.conf_thres)
         conf, cls = conf[row], cls[row]
     if options.classes is not None:
-        chosen = torch.isin(cls, torch.as_tensor(options.classes, device=cls.device, dtype=cls.dtype))
+        chosen = np.isin(cls, options.classes)
         conf, cls, row = conf[chosen], cls[chosen], row[chosen]
     if len(conf) > _MAX_CANDIDATES:
-        conf, best = conf.topk(_MAX_CANDIDATES)
-        cls, row = cls[best], row[best]
-    conf, order = conf.sort(descending=True, stable=True)
-    return conf, cls[order], row[order]
+        best = conf >= np.partition(conf, -_MAX_CANDIDATES)[-_MAX_CANDIDATES]
+        conf, cls, row = conf[best], cls[best], row[best]
+    order = np.argsort(-conf, kind="stable")[:_MAX_CANDIDATES]
+    return conf[order], cls[order], row[order]
 
 
-def _suppress(xyxy: Tensor, conf: Tensor, cls: Tensor, options: NmsOptions) -> Tensor:
+def _suppress(xyxy: np.ndarray, conf: np.ndarray, cls: np.ndarray, options: NmsOptions) -> np.ndarray:
     """The boxes that remain of candidates sorted best first.
 
     They are decided from the best down, some at a time beside those kept so far, so that the many after the last box wanted cost nothing.
+    The greedy loop is OpenCV's: as fast as torchvision's (benchmarks/nms.py), which would bring PyTorch along.
     """
-    boxes, scores = xyxy.double(), conf.double()
+    xywh = xyxy.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
     if not options.agnostic:
-        boxes += cls[:, None] * _CLASS_SHIFT_PX
+        xywh[:, 0] += cls * _CLASS_SHIFT_PX
     step = max(_STEP * options.max_det, 1024)
-    keep = cls[:0]
+    keep = np.empty(0, np.intp)
     for start in range(0, len(conf), step):
-        pool = torch.cat((keep, torch.arange(start, min(start + step, len(conf)), device=keep.device)))
-        keep = pool[torchvision_nms(boxes.index_select(0, pool), scores.index_select(0, pool), options.iou_thres)]
+        pool = np.concatenate((keep, np.arange(start, min(start + step, len(conf)))))
+        # Lists: OpenCV's binding takes three times as long to read arrays.
+        keep = pool[cv2.dnn.NMSBoxes(xywh[pool].tolist(), conf[pool].tolist(), 0.0, options.iou_thres)]
         if len(keep) >= options.max_det:
             break
     keep = keep[: options.max_det]
-    return torch.cat((xyxy[keep], conf[keep, None], cls[keep, None].to(conf.dtype)), 1)
+    return np.concatenate((xyxy[keep], conf[keep, None], cls[keep, None]), 1, dtype=conf.dtype)

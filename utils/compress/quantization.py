@@ -14,9 +14,10 @@ from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
 from utils.config import QuantizeConfig
+from utils.cpu import cpu_int8
 from utils.data.labels import Split
 from utils.data.open import val_loader
-from utils.device import cpu_int8, machine
+from utils.device import machine
 from utils.evaluate.validate import validate
 from utils.export.backends import open_network
 from utils.export.formats import ExportJob, Format

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from utils.device import free_memory_bytes
+from utils.cpu import free_memory_bytes
 from utils.errors import UserError
 
 CacheMode = Literal["auto", "ram", "disk", "none"]

@@ -15,7 +15,6 @@ from utils.deploy.window import show
 from utils.deploy.writer import ResultWriter
 from utils.errors import UserError
 from utils.log import info, is_main_process
-from utils.network import inference_threads
 
 
 def detect(source: Source, predictor: Predictor, writer: ResultWriter, view: bool = False) -> Tally:
@@ -25,7 +24,7 @@ def detect(source: Source, predictor: Predictor, writer: ResultWriter, view: boo
     half-written file.
     """
     start = time.perf_counter()
-    with writer, source, inference_threads(predictor.device) as (pool, workers), _progress_bar() as bar:
+    with writer, source, predictor.runner.threads() as (pool, workers), _progress_bar() as bar:
         tally = Tally(predictor.names, workers)
         try:
             for frame, waited_ms, result in _in_order(source, predictor, pool, workers):

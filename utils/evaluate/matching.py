@@ -38,7 +38,8 @@ class Detections(NamedTuple):
 
 
 def to_detections(boxes: np.ndarray, letterbox: Letterbox) -> Detections:
-    """What suppression leaves, (n, 6) x1, y1, x2, y2, confidence, class, brought back to the original image's pixels."""
+    """What suppression leaves, (n, 6) x1, y1, x2, y2, confidence, class, brought back to the original image's pixels; in float64."""
+    boxes = boxes.astype(np.float64)
     return Detections(letterbox.back(boxes[:, :4]), boxes[:, 4], boxes[:, 5].astype(np.int64))
 
 

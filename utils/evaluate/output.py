@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.boxes import xyxy_to_cxcywh
-from utils.data.labels import Split
 from utils.evaluate.matching import Detections
-from utils.evaluate.validate import ValResult
 from utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from utils.data.labels import Split
+    from utils.evaluate.validate import ValResult
 
 
 def yolo_lines(found: Detections, size: np.ndarray, with_conf: bool) -> str:

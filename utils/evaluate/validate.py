@@ -19,7 +19,7 @@ from utils.evaluate.coco import CocoScores, coco_scores
 from utils.evaluate.curves import Curves, curves
 from utils.evaluate.matching import Detections, Truth, to_detections
 from utils.log import is_main_process, warn
-from utils.network import Network, infer, inference_threads
+from utils.network import Network, infer, inference_threads, to_arrays
 from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 
 _AT_ONCE = 2  # images that a CPU thread takes together
@@ -117,8 +117,8 @@ def _score_share(
     start = time.perf_counter()
     outputs, decoded = infer(network, batch.images, device, dtype)
     inferred = time.perf_counter()
-    kept = non_max_suppression(decoded, nms)
-    detections = [to_detections(boxes.double().cpu().numpy(), letterbox) for boxes, letterbox in zip(kept, batch.letterboxes, strict=True)]
+    arrays = to_arrays(decoded, nms.conf_thres)
+    detections = [to_detections(non_max_suppression(boxes, nms), letterbox) for boxes, letterbox in zip(arrays, batch.letterboxes, strict=True)]
     done = time.perf_counter()
     with torch.inference_mode():
         loss = criterion(outputs, batch.targets.to(device)).parts.cpu().numpy() if criterion else None

@@ -1,38 +1,42 @@
-"""An exported file as a network: what a checkpoint's network tells and does, whatever runtime does the work."""
+"""An exported file as a network: what a checkpoint's network tells and does, whatever runtime does the work; without PyTorch."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
+from utils.boxes import Array, xyxy_to_cxcywh
+from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError
 from utils.export.metadata import foreign_facts, metadata_from_props
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape, short_reason
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
-from utils.network import images_at_once
 
-_CPU = torch.device("cpu")
 _USUAL_STRIDE = 32  # of a network that doesn't tell
 OPENVINO_SUFFIX = "_openvino_model"
 _NO_NAMES = "its metadata tells no class names (key light_yolo, or YOLOv5's names): name them with --data, the YAML that it was trained on"
 
 
 class ExportedNetwork:
-    """A `Network` (utils/network.py) on the CPU; several threads may share it. Its output is decoded already.
+    """A `Runner` (utils/runner.py) and a `Network` (utils/network.py) on the CPU; several threads may share it. Its output is decoded already.
 
     Attributes:
+        at_once: callers that it serves side by side.
         metadata: None in files of other projects.
         names: of the classes.
         strides: of the levels, pixels; of another project's file the largest alone.
         fixed: (height, width) of the images where it takes no other, else None.
         imgsz: (height, width) that it was made for, where it says so.
+        nms: where the file suppresses boxes itself, else None.
         description: runtime, version, precision and threads.
     """
 
-    def __init__(self, path: Path, session: Session, names: Callable[[], Sequence[str]] | None = None) -> None:
+    def __init__(self, path: Path, session: Session, names: Callable[[], Sequence[str]] | None = None, at_once: int = 1) -> None:
         """
         Args:
             names: asked where the file itself tells none.
@@ -40,7 +44,7 @@ class ExportedNetwork:
         Raises:
             UserError: it is no such detector, or its metadata is damaged.
         """
-        self.path, self._session = path, session
+        self.path, self._session, self.at_once = path, session, at_once
         batch, height, width = _image_shape(path, session.inputs)
         self._batch = batch
         self.fixed = (height, width) if height and width else None
@@ -52,6 +56,7 @@ class ExportedNetwork:
             if not told and names is None:
                 raise UserError(f"{path}: {_NO_NAMES}")
             self.names, self.strides = told or tuple(names()), (stride or _USUAL_STRIDE,)
+        self.nms = self.metadata.nms if self.metadata else None
         self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
         self.description = session.description
         self._check_boxes(session.outputs)
@@ -65,8 +70,24 @@ class ExportedNetwork:
         """Images are padded to multiples of it; None: to the whole size."""
         return None if self.fixed else max(self.max_stride, _USUAL_STRIDE)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float in 0..1 -> (B, N, 5 + C) float32; a file of a fixed batch size runs as often as that takes.
+    def run(self, images: np.ndarray, least: float) -> Sequence[np.ndarray]:
+        return list(self(_to_input(images)))
+
+    @contextmanager
+    def threads(self) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+        pool = ThreadPoolExecutor(self.at_once, "inference")
+        try:
+            yield pool, self.at_once
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def __call__(self, images: Array) -> Array:
+        """(B, 3, H, W) float in 0..1 -> (B, N, 5 + C) float32, of an array an array, of a tensor a tensor.
+
+        A file of a fixed batch size runs as often as that takes.
+
+        Where the file suppresses boxes itself, N is its `max_det`: what it keeps, each with its own class alone, then zeros. Suppressed once more
+        they stay what they are, so that who reads them need not know.
 
         Raises:
             UserError: images of another size than it takes, or a graph that fails on them.
@@ -75,12 +96,16 @@ class ExportedNetwork:
         if self.fixed and size != self.fixed:
             raise UserError(f"{self.path}: takes images of {_size(self.fixed)} px only, not of {_size(size)}: export it with --dynamic, "
                             f"or with --imgsz {size[0]} {size[1]}")
-        array = np.ascontiguousarray(images.numpy(force=True), self._session.dtype)
-        step = self._batch or len(array)
-        boxes = [self._run(array[start : start + step], step) for start in range(0, len(array), step)]
-        return torch.from_numpy(boxes[0] if len(boxes) == 1 else np.concatenate(boxes)).float()
+        if not isinstance(images, np.ndarray):
+            import torch  # whoever has a tensor has imported it
 
-    def decode(self, outputs: Tensor) -> Tensor:
+            return torch.from_numpy(self(images.numpy(force=True)))
+        array = np.ascontiguousarray(images, self._session.dtype)
+        step = self._batch or len(array)
+        parts = [self._run(array[start : start + step], step) for start in range(0, len(array), step)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32, copy=False)
+
+    def decode(self, outputs: Array) -> Array:
         return outputs
 
     def _run(self, images: np.ndarray, batch: int) -> np.ndarray:
@@ -93,48 +118,70 @@ class ExportedNetwork:
         except Exception as error:  # of a kernel: of any kind
             raise UserError(f"{self.path}: fails on images of {_size(images.shape[2:])} px: {short_reason(error)}") from None
         self._check_boxes(boxes.shape)
-        return boxes[:count]
+        return spread(boxes[:count], len(self.names)) if self.nms else boxes[:count]
 
     def _check_boxes(self, shape: Shape | None) -> None:
-        columns = 5 + len(self.names)
+        columns = 6 if self.nms else 5 + len(self.names)
         if shape is None or len(shape) != 3 or shape[2] not in (None, columns):
             found = "?" if shape is None else " x ".join("any" if side is None else str(side) for side in shape)
             raise UserError(f"{self.path}: its output is {found}, where a YOLOv5-like detector of its {len(self.names)} classes has "
                             f"images x boxes x {columns}: is it another kind of network, or --data of other classes?")
 
 
+def spread(final: np.ndarray, classes: int) -> np.ndarray:
+    """Final boxes (B, N, 6) of x1, y1, x2, y2, confidence, class -> (B, N, 5 + C), as a graph without suppression has them."""
+    numbers = np.arange(classes, dtype=final.dtype)
+    return np.concatenate((xyxy_to_cxcywh(final[..., :4]), final[..., 4:5], final[..., 5:6] == numbers), -1, dtype=final.dtype)
+
+
 def open_network(
     path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, threads: int | None = None, at_once: int | None = None
 ) -> ExportedNetwork:
-    """The network of an .onnx file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
+    """The network of an .onnx or .torchscript file, an *_openvino_model/ folder or the .xml in it, in its own runtime on the CPU.
 
     Args:
-        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime computes in what the file holds.
+        bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime and TorchScript compute in what the file holds.
         names: gives the classes of a file that tells none.
-        threads: PyTorch's number where None.
-        at_once: callers that will run images side by side; as many as `inference_threads` starts where None.
+        threads: `cpu_threads` where None.
+        at_once: callers that will run images side by side; `images_at_once` where None.
 
     Raises:
         UserError: no such file, its runtime is not installed, or it is no whole detector.
     """
     found = find_exported(path)
-    threads = threads or torch.get_num_threads()
-    at_once = min(at_once or images_at_once(_CPU), threads)
+    threads = threads or cpu_threads()
+    at_once = min(at_once or images_at_once(threads), threads)
     if found.suffix == ".onnx":
-        return ExportedNetwork(found, OnnxSession(found, threads, at_once), names)
+        return ExportedNetwork(found, OnnxSession(found, threads, at_once), names, at_once)
+    if found.suffix == TORCHSCRIPT_SUFFIX:
+        return ExportedNetwork(found, TorchscriptSession(found, threads), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
     session.props = _beside(found) | session.props
-    return ExportedNetwork(found, session, names)
+    return ExportedNetwork(found, session, names, at_once)
+
+
+def _to_input(images: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in 0..1."""
+    planes = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
+    for image, out in zip(images, planes, strict=True):
+        for channel, plane in zip(cv2.split(image), out, strict=True):  # half the time of a strided copy
+            np.divide(channel, np.float32(255), out=plane)
+    return planes
 
 
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml") or path.name.endswith(OPENVINO_SUFFIX)
+    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith(OPENVINO_SUFFIX)
+
+
+def needs_torch(path: str | Path) -> bool:
+    """By its name alone: whether PyTorch itself runs an exported file, in threads that it must be told of."""
+    return Path(path).suffix == TORCHSCRIPT_SUFFIX
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx or .xml file; of a folder the .xml in it.
+    """The .onnx, .torchscript or .xml file; of a folder the .xml in it.
 
     Raises:
         UserError: there is none.

@@ -46,6 +46,7 @@ class Agreement:
         score: likewise of objectness and class probabilities.
         boxes: final boxes of both, above `threshold`.
         unmatched: those without a partner in the other.
+        what: was compared.
     """
 
     box_px: tuple[float, float]
@@ -54,6 +55,7 @@ class Agreement:
     boxes: int
     unmatched: int
     threshold: float
+    what: str = "raw outputs"
 
     @property
     def holds(self) -> bool:
@@ -62,7 +64,7 @@ class Agreement:
     def __str__(self) -> str:
         matched = f"all {self.boxes} boxes above {self.threshold:.2g} have their partner" if self.holds else (
             f"{self.unmatched} of {self.boxes} boxes above {self.threshold:.2g} have no partner" if self.boxes else "no boxes to compare")
-        return (f"raw outputs of {self.images} images differ by max {self.box_px[0]:.2g}, mean {self.box_px[1]:.2g} px in boxes and "
+        return (f"{self.what} of {self.images} images differ by max {self.box_px[0]:.2g}, mean {self.box_px[1]:.2g} px in boxes and "
                 f"max {self.score[0]:.2g}, mean {self.score[1]:.2g} in scores; {matched}")
 
 
@@ -110,9 +112,10 @@ def compare(reference: Network, exported: Network, batches: Iterable[Tensor], to
     boxes = unmatched = 0
     for pair in pairs:
         for ours, others in (pair, pair[::-1]):
-            for final, image in zip(non_max_suppression(ours, options), others, strict=True):
+            for own, image in zip(ours.numpy(), others, strict=True):
+                final = torch.from_numpy(non_max_suppression(own, options))
                 boxes += len(final)
-                unmatched += _without_partner(final, image, tolerance)
+                unmatched += without_partner(final, image, tolerance)
     return Agreement(_distance(pairs, slice(0, 4)), _distance(pairs, slice(4, None)), sum(len(a) for a, _ in pairs), boxes, unmatched, threshold)
 
 
@@ -124,7 +127,7 @@ def _both(reference: Network, exported: Network, batch: Tensor, device: torch.de
     return ours, others
 
 
-def _without_partner(final: Tensor, decoded: Tensor, tolerance: Tolerance) -> int:
+def without_partner(final: Tensor, decoded: Tensor, tolerance: Tolerance) -> int:
     """Final boxes (n, 6) for which no decoded one (N, 5 + C) of their class is near enough in place and confidence."""
     near = box_iou(_visible(xyxy_to_cxcywh(final[:, :4])), _visible(decoded[:, :4])) >= tolerance.iou  # (n, N)
     scores = (decoded[:, 5:] * decoded[:, 4:5])[:, final[:, 5].long()].T

@@ -1,7 +1,8 @@
-"""A network's graph out of PyTorch: to an ONNX file or to an OpenVINO model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX or TorchScript file or an OpenVINO model, traced on one batch of images."""
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from utils.export.metadata import CONFIG, KEY, ExportMetadata
 from utils.extras import import_extra, is_installed
 
 if TYPE_CHECKING:
@@ -60,6 +62,14 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     return model
+
+
+def to_torchscript(network: nn.Module, images: Tensor, path: Path, metadata: ExportMetadata) -> None:
+    """Write `network` as a TorchScript file that holds its metadata as texts; images as of `to_onnx`."""
+    config = {"shape": list(images.shape), "stride": max(metadata.strides), "names": dict(enumerate(metadata.names))}
+    with quiet(), _plain_attention():
+        traced = trace(network, images.contiguous(memory_format=torch.channels_last))
+        torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_onnx, to_openvino
+from utils.export.converters import to_onnx, to_openvino, to_torchscript
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
+from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX
 from utils.extras import import_extra, is_installed
 from utils.files import did_you_mean
 
@@ -46,6 +48,7 @@ class Format:
     suffix: of its file's name, after that of the checkpoint.
     is_folder: of several files.
     write: makes the file, or the files in a folder that is there.
+    suppresses: can hold non-maximum suppression in its graph.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Format:
     suffix: str
     is_folder: bool
     write: Callable[[ExportJob, Path], None]
+    suppresses: bool = False
 
     def missing(self) -> str | None:
         """Which pip install it lacks; None where all is there."""
@@ -63,21 +67,30 @@ class Format:
 def write_onnx(job: ExportJob, path: Path) -> None:
     graph = InferenceGraph(job.network, half=job.half)
     to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
+    if job.metadata.nms:
+        suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
     stamp_onnx(path, job.metadata)
 
 
 def write_openvino(job: ExportJob, folder: Path) -> None:
     """With half, the weights are stored in fp16 and the processor computes as it does best."""
     model = to_openvino(InferenceGraph(job.network), job.example(), dynamic=job.metadata.dynamic)
+    if job.metadata.nms:
+        model = suppress_in_openvino(model, len(job.metadata.names), job.metadata.nms)
     stamp_openvino(model, job.metadata)
     import_extra("openvino").save_model(model, folder / f"{Path(job.metadata.source).stem}.xml", compress_to_fp16=job.half)
+
+
+def write_torchscript(job: ExportJob, path: Path) -> None:
+    to_torchscript(InferenceGraph(job.network, half=job.half), job.example(), path, job.metadata)
 
 
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx),
-        Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino),
+        Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx, suppresses=True),
+        Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino, suppresses=True),
+        Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
     )
 }
 

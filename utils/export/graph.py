@@ -36,6 +36,7 @@ class InferenceGraph(nn.Module):
         self.register_buffer("anchors_px", network.anchors_px.detach().float().clone())
         self.dtype = torch.float16 if half else torch.float32
         self.network = copy.deepcopy(network).half() if half else network
+        self.eval()  # ONNX's exporter brings all that is in it back to the mode that it itself was in
 
     def forward(self, images: Tensor) -> Tensor:
         return decode_maps(self.network(images.to(self.dtype)), self.anchors_px, self.strides)

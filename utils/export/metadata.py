@@ -19,9 +19,26 @@ if TYPE_CHECKING:
     from utils.export.graph import Detector
 
 KEY = "light_yolo"  # of our own text; `names` and `stride` lie beside it as Python literals, for programs that read YOLOv5's files
+CONFIG = "config.txt"  # the text in which YOLOv5's TorchScript files tell their shape, stride and names, as JSON
 FORMAT, VERSION = "light-yolo export", 1
 PRECISIONS = ("fp32", "fp16", "int8")
 _MEND = "export it again from its checkpoint"
+
+
+@dataclass(frozen=True)
+class GraphNms:
+    """Non-maximum suppression inside a graph: what of it was fixed at export."""
+
+    conf_thres: float
+    iou_thres: float
+    max_det: int
+
+    def falls_short(self, conf_thres: float, iou_thres: float, max_det: int) -> str | None:
+        """What a user asks for that the graph has thrown away, in one line; None where more suppression gives it."""
+        if conf_thres >= self.conf_thres and iou_thres <= self.iou_thres and max_det <= self.max_det:
+            return None
+        return (f"suppresses boxes itself, with --conf-thres {self.conf_thres:g} --iou-thres {self.iou_thres:g} --max-det {self.max_det}: "
+                f"asked for {conf_thres:g}, {iou_thres:g} and {max_det}, it gives those boxes and no more; export it so, or without --nms, for all")
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class ExportMetadata:
     precision: of the weights, one of PRECISIONS.
     source: file name of the checkpoint.
     float_layers: of an int8 file those that stayed float.
+    nms: where the graph suppresses boxes itself; None: its output is all boxes.
     """
 
     names: tuple[str, ...]
@@ -45,12 +63,14 @@ class ExportMetadata:
     precision: str
     source: str
     float_layers: tuple[str, ...] = ()
+    nms: GraphNms | None = None
 
     @classmethod
-    def of(cls, network: Detector, imgsz: tuple[int, int], *, dynamic: bool, precision: str, source: str) -> ExportMetadata:
+    def of(cls, network: Detector, imgsz: tuple[int, int], *, dynamic: bool, precision: str, source: str,
+           nms: GraphNms | None = None) -> ExportMetadata:
         """What the network tells of itself beside what its export does."""
         anchors = tuple(tuple(level.flatten().tolist()) for level in network.anchors_px)
-        return cls(tuple(network.names), tuple(network.strides), imgsz, dynamic, anchors, precision, source)
+        return cls(tuple(network.names), tuple(network.strides), imgsz, dynamic, anchors, precision, source, nms=nms)
 
     def to_props(self) -> dict[str, str]:
         """As text by key."""
@@ -78,7 +98,8 @@ def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata
     wrong = [name for name, check in _WELL_FORMED.items() if not check(content.get(name))]
     if wrong:
         raise UserError(f"{origin}: its metadata's {' and '.join(wrong)} can't be understood: {_MEND}")
-    return ExportMetadata(**{name: _tuples(content[name]) for name in _WELL_FORMED})
+    nms = content.pop("nms", None)
+    return ExportMetadata(**{name: _tuples(content[name]) for name in _WELL_FORMED if name != "nms"}, nms=nms and GraphNms(**nms))
 
 
 def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
@@ -133,6 +154,12 @@ def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
+def _is_nms(value: Any) -> bool:
+    names = {field.name for field in dataclasses.fields(GraphNms)}
+    return isinstance(value, dict) and value.keys() == names and _is_size(value["max_det"]) and all(
+        type(value[name]) in (int, float) and 0 <= value[name] <= 1 for name in names - {"max_det"})
+
+
 _WELL_FORMED = {
     "names": lambda v: _is_list(v, lambda name: isinstance(name, str)),
     "strides": lambda v: _is_list(v, _is_size),
@@ -141,5 +168,6 @@ _WELL_FORMED = {
     "anchors": lambda v: _is_list(v, lambda level: _is_list(level, _is_side)),
     "precision": lambda v: v in PRECISIONS,
     "source": lambda v: isinstance(v, str),
+    "nms": lambda v: v is None or _is_nms(v),
     "float_layers": lambda v: isinstance(v, list) and all(isinstance(layer, str) for layer in v),
 }

@@ -1,20 +1,23 @@
 """One exported file, from the network to its place: written beside it, checked, and only then moved there."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from utils.errors import UserError
 from utils.export.backends import open_network
-from utils.export.check import TOLERANCES, Agreement, check_batches, compare
-from utils.export.formats import ExportJob, Format
+from utils.export.check import CONFIDENCE, TOLERANCES, Agreement, check_batches, compare
+from utils.export.check_final import compare_final, surest
+from utils.export.formats import FORMATS, ExportJob, Format
 from utils.export.sessions import short_reason
 from utils.files import atomic_folder, atomic_write, size_bytes
 from utils.log import info
@@ -35,8 +38,12 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
         raise UserError(f"{kind.name}: {missing}")
     path, aside = (stem.with_name(f"{name}{kind.suffix}") for name in (stem.name, f"{stem.name}.mismatch"))
     start = time.perf_counter()
+    if job.metadata.nms and not kind.suppresses:
+        raise UserError(f"{kind.name}: --nms goes into {' and '.join(f.name for f in FORMATS.values() if f.suppresses)} only: leave it out")
     with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary:
         agreement = _write_and_check(job, kind, temporary, images, reference, device)
+        if job.metadata.nms and not agreement.boxes:
+            agreement = _check_below(job, kind, images, reference, device)
         if not agreement.holds:
             _keep_aside(temporary, aside)
             raise UserError(f"{kind.name}: does not find what the checkpoint finds: {agreement}; kept aside as {aside}")
@@ -51,6 +58,8 @@ def _write_and_check(
         kind.write(job, path)
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
+        if job.metadata.nms:
+            return compare_final(reference, exported, job.metadata.nms, batches, TOLERANCES[job.metadata.precision], device)
         return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
     except UserError as error:
         reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
@@ -59,6 +68,18 @@ def _write_and_check(
         raise
     except Exception as error:  # of a converter: of any kind
         raise UserError(f"{kind.name}: this network can't be converted: {short_reason(error)}") from error
+
+
+def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], reference: Network, device: torch.device) -> Agreement:
+    """Neither has a box above the file's threshold on these images: the same graph with a lower one shows what its suppression does."""
+    lower = min(CONFIDENCE, surest(reference, check_batches(images, job.metadata.imgsz, None), device) / 2)
+    metadata = dataclasses.replace(job.metadata, nms=dataclasses.replace(job.metadata.nms, conf_thres=lower))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"lower{kind.suffix}"
+        if kind.is_folder:
+            path.mkdir()
+        agreement = _write_and_check(dataclasses.replace(job, metadata=metadata), kind, path, images, reference, device)
+    return dataclasses.replace(agreement, what=f"neither has a box above {job.metadata.nms.conf_thres:g}; with a lower threshold final boxes")
 
 
 def _keep_aside(path: Path, aside: Path) -> None:

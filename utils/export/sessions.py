@@ -80,7 +80,11 @@ class OpenvinoSession:
         openvino = import_extra("openvino")
         if not path.with_suffix(".bin").is_file():
             raise UserError(f"{path}: its weights {path.with_suffix('.bin').name} are missing: keep the two files together")
-        settings = {"NUM_STREAMS": at_once, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+        settings = {
+            "NUM_STREAMS": at_once, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            # Pinned to a core, as by default, a stream waits for whatever else runs there while the others idle: decoding, encoding, another program.
+            "ENABLE_CPU_PINNING": False,
+        }  # fmt: skip
         try:
             model = openvino.Core().read_model(path)
             with keep_signal_stack():

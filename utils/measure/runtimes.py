@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from utils.device import PRECISION, autocast, cpu_has_native_bf16
+from utils.cpu import cpu_has_native_bf16
+from utils.device import PRECISION, autocast
 from utils.errors import UserError
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, is_installed
@@ -150,7 +151,8 @@ def _openvino(network: nn.Module, images: Tensor) -> Run:
     openvino = import_extra("openvino")
     images = images.contiguous()
     converted = to_openvino(network, images)
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32",
+                "ENABLE_CPU_PINNING": False}  # as the others run; pinned, it waits for whatever else is on its core
     with keep_signal_stack():
         compiled = openvino.compile_model(converted, "CPU", settings)
     request, levels, array = compiled.create_infer_request(), range(len(compiled.outputs)), images.numpy()

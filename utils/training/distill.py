@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.boxes import ciou
 from utils.config import TrainConfig
 from utils.device import PRECISION, compute_dtype
 from utils.log import info
+from utils.training.ciou import ciou
 from utils.training.features import Adapters, feature_loss
 from utils.training.loss import DetectionLoss, Loss, box_of
 from utils.training.teacher import SoftLevel, Taught, Teacher, head_inputs

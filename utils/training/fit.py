@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
+from utils.cpu import free_memory_bytes
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.labels import Split
 from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import val_loader
-from utils.device import compute_dtype, free_memory_bytes, peak_memory_bytes
+from utils.device import compute_dtype, peak_memory_bytes
 from utils.distributed import World
 from utils.evaluate.table import score_table
 from utils.evaluate.validate import ValResult, validate

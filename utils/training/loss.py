@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils.boxes import ciou
 from utils.hyp import Hyp
 from utils.training.assign import Matches, assign
+from utils.training.ciou import ciou
 
 _LEVEL_WEIGHTS = {3: (4.0, 1.0, 0.4)}  # finest first
 _MORE_LEVELS = (4.0, 1.0, 0.25, 0.06, 0.02)

@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from utils.device import free_memory_bytes
+from utils.cpu import free_memory_bytes
 from utils.errors import UserError
 from utils.log import info
 

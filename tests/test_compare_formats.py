@@ -1,0 +1,76 @@
+"""compare.py --formats: which files belong to a checkpoint, the whole comparison on a tiny network, and what goes wrong with one of them."""
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import cv2
+import pytest
+from tiny import data_yaml, tiny_model
+
+import compare
+from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.compare import formats
+from utils.compare.formats import FormatRow, find_formats, table
+from utils.export.formats import FORMATS, ExportJob
+from utils.export.metadata import ExportMetadata
+from utils.measure.timing import Latency
+from utils.plots.formats import draw_formats
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: bf16)
+    for name in ("best.pt", "last.pt", "best.onnx", "best_int8.onnx", "best2.onnx", "last.onnx", "best.mismatch.onnx", "best_int8.failed.onnx",
+                 "best.txt"):  # fmt: skip
+        (tmp_path / name).touch()
+    for name in ("best_openvino_model", "best_int8_openvino_model", "best.mismatch_openvino_model"):
+        (tmp_path / name).mkdir()
+    found = [(row.path.name, row.precision) for row in find_formats(tmp_path / "best.pt")]
+    both = ("fp32", "bf16") if bf16 else ("fp32",)
+    assert found == [*(("best.pt", p) for p in both), ("best.onnx", "fp32"), ("best_int8.onnx", "int8"), ("best_int8_openvino_model", "int8"),
+                     *(("best_openvino_model", p) for p in both)]
+
+
+def test_table_by_hand(tmp_path: Path):
+    (tmp_path / "best.pt").write_bytes(bytes(2**20))
+    (tmp_path / "best.onnx").write_bytes(bytes(2**19))
+    rows = [FormatRow(tmp_path / "best.pt", "fp32", "", 0.5, 0.25, Latency(20.0, 21.0, 0.05, 9), 3.0),
+            FormatRow(tmp_path / "best.onnx", "fp32", "", None, None, Latency(8.0, 9.0, 0.1, 9), None, "broken")]
+    lines = [line.split() for line in table(rows)]
+    assert lines[1:] == [["best.pt", "fp32", "1.00", "0.5000", "0.2500", "20.0", "5%", "1.00", "3.00"],
+                         ["best.onnx", "fp32", "0.50", "–", "–", "8.0", "10%", "2.50", "–"]]
+
+
+def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
+    """One of them is cut off: it costs its own row, and the exit code."""
+    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(formats, "_ROUNDS", 3)
+    monkeypatch.setattr(formats, "_STARTS", 2)
+    monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: False)
+    model = tiny_model(tmp_path)
+    save_checkpoint(tmp_path / "best.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
+    metadata = ExportMetadata.of(model.eval().fused(), (64, 64), dynamic=False, precision="fp32", source="best.pt")
+    FORMATS["onnx"].write(ExportJob(model.eval().fused().requires_grad_(False), metadata, opset=17), tmp_path / "best.onnx")
+    (tmp_path / "best_cut.onnx").write_bytes((tmp_path / "best.onnx").read_bytes()[:1000])
+    data = data_yaml(tmp_path)
+    assert compare.main(["--formats", str(tmp_path / "best.pt"), "--data", str(data), "--project", str(tmp_path / "out"), "--workers", "0"]) == 1
+    with open(tmp_path / "out" / "exp" / "formats.csv", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["best.pt", "best.onnx", "best_cut.onnx"] and "cut off" in rows["best_cut.onnx"]["problem"]
+    for name in ("best.pt", "best.onnx"):
+        assert float(rows[name]["latency_ms"]) > 0 and float(rows[name]["start_s"]) > 0 and not rows[name]["problem"]
+    assert rows["best.onnx"]["mAP50-95"] == rows["best.pt"]["mAP50-95"] != ""
+    assert "ONNX Runtime" in rows["best.onnx"]["runtime"] and cv2.imread(str(tmp_path / "out" / "exp" / "formats.png")).size
+    printed = capsys.readouterr()
+    assert "2 exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err
+
+
+def test_picture_without_scores(tmp_path: Path):
+    draw_formats(tmp_path / "a.png", ["best.pt", "best.onnx"], {"mAP50-95": [None, None], "latency, ms": [3.0, None], "size": [0.0, 0.0]}, "best.pt")
+    assert cv2.imread(str(tmp_path / "a.png")) is not None
+
+
+def test_no_such_checkpoint(tmp_path: Path, capsys):
+    assert compare.main(["--formats", str(tmp_path / "none.pt"), "--project", str(tmp_path)]) == 2
+    assert "none.pt" in capsys.readouterr().err

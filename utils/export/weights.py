@@ -1,0 +1,103 @@
+"""An opened network with what those who feed it need to know, and the door for exported files, which needs no PyTorch."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.config import DEFAULT_IMGSZ
+from utils.cpu import PrecisionName, cpu_precision
+from utils.data.spec import load_data_spec
+from utils.errors import UserError
+from utils.export.backends import open_network
+from utils.export.metadata import GraphNms
+from utils.log import warn
+from utils.runner import Runner
+
+
+@dataclass(frozen=True)
+class OpenNetwork:
+    """A network in place with what those who feed it need to know.
+
+    Attributes:
+        network: ready for inference.
+        names: of its classes.
+        max_stride: image sides are multiples of it, pixels.
+        pad_stride: images are padded to multiples of it; None: to the whole of `fixed`.
+        imgsz: (height, width) that it was made for, where it says so.
+        fixed: (height, width) where it takes no other images.
+        description: device or runtime, threads and precision.
+        nms: of a file that suppresses boxes itself.
+    """
+
+    path: str
+    network: Any
+    names: tuple[str, ...]
+    max_stride: int
+    pad_stride: int | None
+    imgsz: tuple[int, int] | None
+    fixed: tuple[int, int] | None
+    description: str
+    nms: GraphNms | None
+
+    @property
+    def runner(self) -> Runner:
+        """It, as detection wants it."""
+        return self.network
+
+    def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]:
+        """(height, width) in whole strides: as asked, with one number for both; else as it was made for; else the usual one.
+
+        Raises:
+            UserError: it takes no other than its own.
+        """
+        height, width = (asked[0], asked[-1]) if asked else self.imgsz or (DEFAULT_IMGSZ, DEFAULT_IMGSZ)
+        size = tuple(math.ceil(side / self.max_stride) * self.max_stride for side in (height, width))
+        if self.fixed and size != self.fixed:
+            own, wanted = (" ".join(map(str, sides)) for sides in (self.fixed, size))
+            raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
+        return self.fixed or size
+
+    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None:
+        """One line where its own suppression keeps fewer boxes than asked for."""
+        if self.nms and (limits := self.nms.falls_short(conf_thres, iou_thres, max_det)):
+            warn(f"{self.path}: {limits}")
+
+    def square_size(self, asked: int | None) -> int:
+        """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
+
+        Raises:
+            UserError: likewise, or it takes no square images.
+        """
+        if self.fixed and self.fixed[0] != self.fixed[1]:
+            raise UserError(f"{self.path}: takes images of {self.fixed[0]}x{self.fixed[1]} px only, and validation needs square ones: "
+                            f"export it with --imgsz {max(self.fixed)} or --dynamic")
+        return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
+
+
+def open_exported(
+    weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
+) -> OpenNetwork:
+    """The network of an exported file in its own runtime.
+
+    Args:
+        device, precision: as on the command line.
+        data: the data YAML that names the classes of a file that tells none.
+        at_once: callers that will run images side by side, for which the runtime divides its threads; `images_at_once` where None.
+
+    Raises:
+        UserError: no such file, not a whole one, or not for this device.
+    """
+    check_cpu(device, weights)
+    names = (lambda: load_data_spec(data, data_root or None).names) if data else None
+    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)
+    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description,
+                       network.nms)
+
+
+def check_cpu(device: str, weights: str) -> None:
+    """Raises UserError where an exported file is asked to run on another device."""
+    if device.strip().lower() not in ("", "cpu"):
+        raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
