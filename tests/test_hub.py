@@ -176,17 +176,17 @@ def test_attributes_are_settings(model, place):
 
     assert (model.conf, model.iou, model.classes, model.max_det, model.agnostic, model.amp, model.multi_label) == (
         0.25, 0.45, None, 1000, False, False, False)  # fmt: skip
-    model.conf = 0.05
-    assert same_as(conf=0.05) and not same_as()
+    model.conf = 0.5
+    assert same_as(conf=0.5) and not same_as()
     model.iou = 0
-    assert same_as(conf=0.05, iou=0) and not same_as(conf=0.05)
+    assert same_as(conf=0.5, iou=0) and not same_as(conf=0.5)
     model.agnostic = True
-    assert same_as(conf=0.05, iou=0, agnostic=True) and not same_as(conf=0.05, iou=0)
+    assert same_as(conf=0.5, iou=0, agnostic=True) and not same_as(conf=0.5, iou=0)
     model.classes = 1
-    assert same_as(conf=0.05, iou=0, classes=[1])
+    assert same_as(conf=0.5, iou=0, classes=[1])
     model.max_det = 2
-    assert same_as(conf=0.05, iou=0, classes=[1], max_det=2)
-    model.classes, model.max_det, model.agnostic, model.iou = None, 1000, False, 0.45
+    assert same_as(conf=0.5, iou=0, classes=[1], max_det=2)
+    model.classes, model.max_det, model.agnostic, model.iou, model.conf = None, 1000, False, 0.45, 0.01
     single = len(model(place / "b.png").xyxy[0])
     model.multi_label = True
     assert len(model(place / "b.png").xyxy[0]) > single
