@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.data.open import open_splits
     from utils.device import compute_dtype, select_device
     from utils.distributed import join_world
-    from utils.log import info
+    from utils.log import info, warn
     from utils.training.anchors import adapt_anchors
     from utils.training.distill import build_distillation
     from utils.training.fit import Training
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             info(f"{config.weights}: {transfer}" if transfer else "weights: random")
             if config.qat:
                 model = to_fine_tune(model, transfer.left, config.weights)
+            elif model.spec.fused:
+                warn(f"{config.weights}: has no batch norms any more (--qat folded them): give --qat again, or start from the checkpoint before")
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
         freeze_rows(model, config.freeze)

@@ -164,6 +164,7 @@ def test_a_run(place: Path, whole: Path):
     opt = yaml.safe_load((whole / "opt.yaml").read_text())
     assert (opt["imgsz"], opt["precision"], opt["noautoanchor"], opt["hyp"]) == (SIDE, "fp32", True, "hyp.qat.yaml")
     best, last = (load_checkpoint(whole / "weights" / name) for name in ("best.pt", "last.pt"))
+    assert {t.dtype for t in best.state_dict.values() if t.is_floating_point()} == {torch.float32}, "fp16 would round anew"
     assert best.spec["fused"] is True and best.spec == last.spec and best.imgsz == SIDE
     assert not any("bn" in key for key in best.state_dict) and "model.0.conv.bias" in best.state_dict
     started = load_model(str(place / "best.pt")).folded().state_dict()

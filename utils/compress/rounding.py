@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -66,9 +67,9 @@ def measure_ranges(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, R
         batches: images (B, 3, H, W) as it takes them.
     """
     ranges: dict[str, Range] = {}
-    with Hooks() as hooks:
+    with ExitStack() as hooks:
         for name, layer in weighted_layers(network).items():
-            hooks.add(layer.register_forward_pre_hook(_widening(ranges, name)))
+            hooks.enter_context(layer.register_forward_pre_hook(_widening(ranges, name)))
         for images in batches:
             network(images)
     return ranges
@@ -102,20 +103,3 @@ def _widening(ranges: dict[str, Range], name: str) -> Callable[[nn.Module, tuple
         ranges[name] = seen
 
     return hook
-
-
-class Hooks:
-    """Hooks that are gone when the block ends."""
-
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
-
-    def add(self, handle: Any) -> None:
-        self._handles.append(handle)
-
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.compress.rounding import WEIGHT_LEVELS, Hooks, round_input, round_weight, weighted_layers
+from utils.compress.rounding import WEIGHT_LEVELS, round_input, round_weight, weighted_layers
 from utils.files import write_csv
 
 _TINY = 1e-12
@@ -41,9 +42,9 @@ def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = WEIGHT
     """
     layers = weighted_layers(network)
     ranges: dict[str, _Ranges] = {}
-    with Hooks() as hooks:
+    with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.add(layer.register_forward_hook(_measure_into(ranges, name)))
+            hooks.enter_context(layer.register_forward_hook(_measure_into(ranges, name)))
         reference = network(images)
     found = []
     for name in tqdm([name for name in layers if name in ranges], desc="sensitivity", leave=False, dynamic_ncols=True):
@@ -75,9 +76,9 @@ def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images:
     kept = layer.weight.data
     layer.weight.data = round_weight(kept, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
     try:
-        with Hooks() as hooks:
-            hooks.add(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
-            hooks.add(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
+        with ExitStack() as hooks:
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
             return network(images)
     finally:
         layer.weight.data = kept

@@ -232,8 +232,11 @@ class Training:
         return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz)
 
     def _save_best(self) -> None:
-        """Always before last.pt: killed between the two, the resumed run repeats the epoch and writes the same best.pt."""
-        save_checkpoint(self.run_dir / "weights" / "best.pt", self._checkpoint(half=True))
+        """Always before last.pt: killed between the two, the resumed run repeats the epoch and writes the same best.pt.
+
+        With --qat in full: in fp16 some weights would move to the next of their 128 steps.
+        """
+        save_checkpoint(self.run_dir / "weights" / "best.pt", self._checkpoint(half=self.quantization is None))
 
     def _save(self) -> None:
         state, weights_dir = self.state, self.run_dir / "weights"

@@ -5,6 +5,7 @@ The network is the fused one: its norms are folded for good, as they are in the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 from utils.checkpoint import load_checkpoint
 from utils.compress.calibration import CalibrationImages
-from utils.compress.rounding import Hooks, Range, measure_ranges, rounded_weight, rounding_input, weighted_layers
+from utils.compress.rounding import Range, measure_ranges, rounded_weight, rounding_input, weighted_layers
 from utils.config import QuantizeConfig, TrainConfig
 from utils.data.labels import Split
 from utils.distributed import World
@@ -93,9 +94,9 @@ class QuantizationAware(nn.Module):
             norm.eval()
         layers = weighted_layers(self.network)
         weights = {f"{name}.weight": rounded_weight(layers[name]) for name in self.ranges}
-        with Hooks() as hooks:
+        with ExitStack() as hooks:
             for name, seen in self.ranges.items():
-                hooks.add(layers[name].register_forward_pre_hook(rounding_input(seen)))
+                hooks.enter_context(layers[name].register_forward_pre_hook(rounding_input(seen)))
             return functional_call(self.network, weights, (images,))
 
     def calibrate(self, average: nn.Module, world: World) -> None:
