@@ -1,14 +1,14 @@
 """Speed of detection from video file to annotated video file, in every format, against one stage after another (eager, NCHW, fp32, unfused).
 
-    python export.py --weights yolov5n.pt --include onnx openvino --imgsz 384 640
-    python quantize.py --weights yolov5n.pt --data coco128.yaml --to openvino
+    python export.py --weights yolov5n.pt --include onnx openvino --dynamic
+    python quantize.py --weights yolov5n.pt --data coco128.yaml --to openvino --dynamic
     python -m benchmarks.detect --weights yolov5n.pt --video ../shared/media/street.mp4 --images ../shared/datasets/coco128/images/train2017
 
 The files are sought beside the checkpoint; what is missing is left out. Every row is a process of its own, in which each stage also runs alone, all
-processors to itself, on some frames of the video: the slowest of them is what a pipeline could reach at best. `cores` are those busy on average: a
-pipeline that keeps all of them busy is capped by the sum of its stages' work, not by one of them. `folder` is the rate of a folder of images, labels
-written, as a share of inference alone on them. `convolution` is a fixed workload, as it ran in that process. Cold starts end the table: one image,
-from the command to its exit.
+processors to itself, on some frames of the video (`inference` from pixels to boxes, several images at once as in the pipeline): the slowest of them
+is what a pipeline could reach at best. `cores` are those busy on average: a pipeline that keeps all of them busy is capped by the sum of its stages'
+work, not by one of them. `folder` is the rate of a folder of images, labels written, as a share of inference alone on them. `convolution` is a fixed
+workload, as it ran in that process. Cold starts end the table: one image, from the command to its exit.
 """
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from utils.boxes import cxcywh_to_xyxy
 
 _MAX_CANDIDATES = 30_000  # of one image, best first: bounds the work on an untrained network's noise
 _STEP = 4  # candidates decided at a time for each box that may be kept
-_LEAST_SIDE_PX = 1e-4  # OpenCV takes any two boxes without an area for one
 _CLASS_SHIFT_PX = 2.0**24  # farther than any box reaches, so that boxes of two classes never overlap; exact in float64
+_LEAST_AREA_PX2 = 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ VALIDATION = NmsOptions(conf_thres=0.001, iou_thres=0.6, multi_label=True, max_d
 def non_max_suppression(predictions: np.ndarray, options: NmsOptions) -> np.ndarray:
     """(N, 5 + C) float of cx, cy, w, h, objectness, class probabilities -> (n, 6) float: x1, y1, x2, y2, confidence, class; best first.
 
-    Of equal confidences the earlier prediction comes first; a box that is not finite, or whose confidence is no number, is left out.
+    Of equal confidences the earlier prediction comes first; a box that is not finite, or whose confidence is no number, is left out; one
+    without area overlaps none.
     """
     rows = predictions[predictions[:, 4] > options.conf_thres]  # before any product or sort, as no confidence exceeds the objectness
     rows = rows[np.isfinite(rows[:, :4]).all(1)]
@@ -76,9 +77,11 @@ def _suppress(xyxy: np.ndarray, conf: np.ndarray, cls: np.ndarray, options: NmsO
     The greedy loop is OpenCV's: as fast as torchvision's (benchmarks/nms.py), which would bring PyTorch along.
     """
     xywh = xyxy.astype(np.float64)
-    xywh[:, 2:] = np.maximum(xywh[:, 2:] - xywh[:, :2], _LEAST_SIDE_PX)
+    xywh[:, 2:] -= xywh[:, :2]
     if not options.agnostic:
         xywh[:, 0] += cls * _CLASS_SHIFT_PX
+    empty = np.flatnonzero(xywh[:, 2] * xywh[:, 3] < _LEAST_AREA_PX2)  # they overlap none; OpenCV takes any two of them for one
+    xywh[empty, 1], xywh[empty, 2:] = np.arange(1, len(empty) + 1) * -_CLASS_SHIFT_PX, 1
     step = max(_STEP * options.max_det, 1024)
     keep = np.empty(0, np.intp)
     for start in range(0, len(conf), step):
