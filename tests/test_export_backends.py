@@ -19,6 +19,7 @@ import detect
 from models.weights import open_weights
 from models.yolo import DetectionModel
 from utils.errors import UserError
+from utils.export import backends
 from utils.export.backends import find_exported, is_exported, open_network
 from utils.export.converters import to_onnx
 from utils.export.formats import FORMATS, ExportJob
@@ -57,7 +58,7 @@ KINDS = [f"{name} {graph}" for name in FLEXIBLE for graph in ("static", "dynamic
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_share_a_network(kind: str, files, tiny, monkeypatch):
     """Each gets the boxes of its own images, whatever the others do meanwhile."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(backends, "cpu_threads", lambda: 3)
     network = open_network(files[kind], at_once=3)
     batches = [torch.rand(1 + n % 3, 3, 64, 96) for n in range(24)]
     with torch.no_grad():

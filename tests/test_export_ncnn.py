@@ -16,6 +16,7 @@ from models.weights import open_weights
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.export import backends
 from utils.export.backends import find_exported, is_exported, open_network
 from utils.export.check import check_images
 from utils.export.formats import FORMATS, ExportJob
@@ -59,8 +60,9 @@ def test_what_is_written_and_found(folder: Path, tiny):
     assert open_weights(str(folder), "", "fp32").description.startswith("ncnn ")
 
 
-def test_threads_share_a_network(folder: Path, tiny):
-    network = open_network(folder, threads=3, at_once=3)
+def test_threads_share_a_network(folder: Path, tiny, monkeypatch):
+    monkeypatch.setattr(backends, "cpu_threads", lambda: 3)
+    network = open_network(folder, at_once=3)
     batches = [torch.rand(1, 3, 64, 96) for _ in range(12)]
     expected = [tiny.decode(tiny(batch)) for batch in batches]
     with ThreadPoolExecutor(3) as pool:
