@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.log import info
 
     keep_freed_memory()
+    if config.int8:
+        raise UserError(f"--int8: int8 is calibrated and scored on data: python quantize.py --weights {config.weights} --data "
+                        f"{config.data or 'my_set.yaml'} --to {next((name for name in config.include if name == 'openvino'), 'onnx')}")
     formats = choose_formats(config.include)
     device = select_device(config.device)
     load_plugin(config.plugin)
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = Path(config.weights).expanduser()
     nms = GraphNms(config.conf_thres, config.iou_thres, config.max_det) if config.nms else None
     metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name, nms=nms)
-    job = ExportJob(network, metadata, config.batch_size, config.opset)
+    job = ExportJob(network, metadata, config.batch_size, config.opset, config.simplify)
     reference = copy.deepcopy(network).to(device) if device.type == "cuda" else network
     info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}")
 

@@ -133,7 +133,8 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), [
-    ("export", ["--include", "onnx", "coreml"], "--include coreml: no such format"),
+    ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
+    ("export", ["--include", "openvino", "--int8", "--data", "my.yaml"], r"--int8: .*quantize\.py .*tiny\.pt --data my\.yaml --to openvino"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
     ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"), ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx"),
     ("val", ["--weights", "static/tiny.onnx", "--imgsz", "96"], "takes images of 64 64 px only: leave out --imgsz"),
@@ -162,6 +163,31 @@ def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, mon
     captured = capfd.readouterr()
     assert captured.err == "error: openvino: pip install openvino\n" and "mine.onnx" in captured.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt"]
+
+
+@pytest.mark.parametrize("name", ["coreml", "tflite", "engine"])
+def test_formats_of_other_machines(name: str, place: Path, tmp_path: Path, capfd):
+    (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    assert export.main([*weights(tmp_path / "mine.pt"), "--include", name, "torchscript"]) == 1
+    captured = capfd.readouterr()
+    assert re.fullmatch(rf"error: {name}: not written here: .*\n", captured.err) and "mine.torchscript: " in captured.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.pt", "mine.torchscript"]
+
+
+def test_simplified_and_suppressed(place: Path, tmp_path: Path, capfd):
+    """val.py and detect.py run a file that suppresses boxes itself, and say what it has thrown away."""
+    pytest.importorskip("onnxslim")
+    (tmp_path / "tiny.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    flags = ["--include", "onnx", "--simplify", "--nms", "--dynamic", "--conf", "0.3", "--max-det", "300"]
+    assert export.main([*weights(tmp_path / "tiny.pt"), *flags]) == 0
+    assert "Model Name" not in capfd.readouterr().out
+    expected = lines(place, place / "alone" / "tiny.pt", "pt-nms", "--max-det", "300")
+    for name, rows in lines(place, tmp_path / "tiny.onnx", "nms", "--max-det", "300").items():
+        np.testing.assert_allclose(rows, expected[name], atol=2e-5)
+    assert "warning" not in capfd.readouterr().err
+    assert len(scores(place, tmp_path / "tiny.onnx", capfd=capfd)) == 4
+    assert lines(place, tmp_path / "tiny.onnx", "more", "--iou", "0.5")
+    assert re.search(r"tiny\.onnx: suppresses boxes itself, with --conf-thres 0\.3 .*without --nms", capfd.readouterr().err)
 
 
 # --- every network that ships --------------------------------------------------------------------------------------------------------------

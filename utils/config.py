@@ -148,6 +148,8 @@ class ExportConfig:
     conf_thres: float = option(0.25, "with --nms: least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.45, "with --nms: non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(1000, "with --nms: most boxes an image, and the rows of the output", check=POSITIVE)
+    simplify: bool = option(False, "fold and merge what an ONNX graph computes needlessly (pip install onnxslim)")
+    int8: bool = option(False, "int8 files are made, and scored, by quantize.py: its command is named")
     data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")
     data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
     device: str = option("cpu", "where the checkpoint runs that each file is compared with; conversion and files run on the CPU")

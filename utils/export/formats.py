@@ -9,7 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_torchscript
+from utils.export.converters import quiet, to_ncnn, to_onnx, to_openvino, to_torchscript
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
@@ -26,12 +26,14 @@ class ExportJob:
     Attributes:
         network: fused, float32, on the CPU.
         opset: of ONNX; None leaves it to PyTorch.
+        simplify: let onnxslim fold and merge what an ONNX graph computes needlessly.
     """
 
     network: Detector
     metadata: ExportMetadata
     batch_size: int = 1
     opset: int | None = None
+    simplify: bool = False
 
     @property
     def half(self) -> bool:
@@ -70,6 +72,10 @@ def write_onnx(job: ExportJob, path: Path) -> None:
     to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
     if job.metadata.nms:
         suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
+    if job.simplify:
+        slim = import_extra("onnxslim").slim
+        with quiet():  # it prints a table of operators
+            slim(str(path), str(path))
     stamp_onnx(path, job.metadata)
 
 
@@ -105,13 +111,28 @@ FORMATS = {
 }
 
 
+_ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here, and the way there from a file that proved itself
+    "coreml": "its files run, and so could prove themselves, on a Mac only: export torchscript, and there pip install coremltools and convert that",
+    "tflite": "its converter wants a PyTorch of its own: pip install litert-torch in another environment and convert the checkpoint's network there",
+    "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
+}
+
+
+def _not_here(reason: str) -> Callable[[ExportJob, Path], None]:
+    def write(job: ExportJob, path: Path) -> None:
+        raise UserError(f"not written here: {reason}")
+
+    return write
+
+
 def choose_formats(asked: Sequence[str]) -> list[Format]:
-    """The formats of these names, each once.
+    """The formats of these names, each once; one that is not written here says so when it is.
 
     Raises:
         UserError: no such format.
     """
+    known = FORMATS | {name: Format(name, (), f".{name}", False, _not_here(reason), suppresses=True) for name, reason in _ELSEWHERE.items()}
     for name in asked:
-        if name not in FORMATS:
-            raise UserError(f"--include {name}: no such format{did_you_mean(name, FORMATS)}; there are {', '.join(FORMATS)}")
-    return [FORMATS[name] for name in dict.fromkeys(asked)]
+        if name not in known:
+            raise UserError(f"--include {name}: no such format{did_you_mean(name, known)}; there are {', '.join(FORMATS)}")
+    return [known[name] for name in dict.fromkeys(asked)]
