@@ -9,7 +9,7 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import quiet, to_ncnn, to_onnx, to_openvino, to_torchscript
+from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_torchscript
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
@@ -73,9 +73,8 @@ def write_onnx(job: ExportJob, path: Path) -> None:
     if job.metadata.nms:
         suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
     if job.simplify:
-        slim = import_extra("onnxslim").slim
-        with quiet():  # it prints a table of operators
-            slim(str(path), str(path))
+        onnx = import_extra("onnx")
+        onnx.save(import_extra("onnxslim").slim(onnx.load(str(path))), str(path))
     stamp_onnx(path, job.metadata)
 
 
