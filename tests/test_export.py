@@ -389,3 +389,15 @@ def test_formats_by_name():
     assert choose_formats(["openvino", "onnx", "openvino"]) == [FORMATS["openvino"], FORMATS["onnx"]]
     with pytest.raises(UserError, match=r"--include onx: no such format; did you mean onnx.*there are onnx, openvino, ncnn, torchscript"):
         choose_formats(["onnx", "onx"])
+
+
+def test_a_shuffle_brings_no_transposition_of_the_layout(tmp_path: Path):
+    """Though PyTorch computes channels last: these runtimes lay tensors out themselves."""
+    onnx = pytest.importorskip("onnx")
+    network = InferenceGraph(DetectionModel(load_spec("yolov5s-shuffle.yaml")).fused())
+    kinds = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        to_onnx(network.to(memory_format=layout), torch.rand(1, 3, 64, 64), tmp_path / "a.onnx")
+        kinds.append([node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node])
+    assert kinds[0] == kinds[1]
+    assert next(p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1).is_contiguous(memory_format=torch.channels_last)  # as it was

@@ -1,6 +1,7 @@
 """A network's graph out of PyTorch: to an ONNX or TorchScript file, an OpenVINO or ncnn model, traced on one batch of images."""
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import warnings
@@ -37,6 +38,8 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
     Raises:
         RuntimeError: neither exporter knows what the network does.
     """
+    network = _channels_first(network)
+
     def export(**how: Any) -> Exception | None:
         """What went wrong: of an exporter an error of any kind."""
         try:
@@ -66,7 +69,7 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
     images = images.contiguous()
     shape = [-1 if dynamic and axis in _FREE else side for axis, side in enumerate(images.shape)]
     with quiet(), _plain_attention():
-        model = openvino.convert_model(trace(network, images), example_input=images, input=[shape])
+        model = openvino.convert_model(trace(_channels_first(network), images), example_input=images, input=[shape])
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     return model
@@ -89,7 +92,7 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
     with TemporaryDirectory() as folder:
         traced, places = Path(folder) / "network.pt", {"ncnnparam": param.resolve(), "ncnnbin": weights.resolve()}
         with quiet(), _plain_attention():
-            trace(network, images.contiguous()).save(str(traced))
+            trace(_channels_first(network), images.contiguous()).save(str(traced))
         shape = ",".join(map(str, images.shape))
         command = [import_extra("pnnx").EXEC_PATH, traced.name, f"inputshape=[{shape}]f32", f"fp16={int(half)}",
                    *(f"{name}={place}" for name, place in places.items())]
@@ -104,6 +107,12 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
 @torch.no_grad()
 def trace(network: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
     return torch.jit.trace(network, images, check_trace=False)  # the check would run it again and again
+
+
+def _channels_first(network: nn.Module) -> nn.Module:
+    """A copy that keeps tensors in PyTorch's own layout. These runtimes choose theirs; a block that minds the layout, such as ShuffleNet's channel
+    shuffle, would bring the transpositions into the graph that are fast in PyTorch alone."""
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
