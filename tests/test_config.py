@@ -216,7 +216,7 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(("script", "cls"), [
     ("train.py", TrainConfig), ("val.py", ValConfig), ("detect.py", DetectConfig), ("compare.py", CompareConfig),
-    ("export.py", ExportConfig),
+    ("export.py", ExportConfig), ("prune.py", PruneConfig), ("quantize.py", QuantizeConfig),
 ])  # fmt: skip
 def test_help_answers_at_once(script, cls):
     start = time.perf_counter()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import train
 from models.head import decode
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.config import TrainConfig
 from utils.errors import UserError
 from utils.hyp import Hyp
 from utils.plots.training import plot_results
@@ -287,7 +286,7 @@ def test_channelwise_divergence_equals_its_formula() -> None:
     expected = 16 * (wanted * (wanted / own).log()).sum(2).mean()
     torch.testing.assert_close(channelwise_divergence(student, teacher), expected.float())
     finer = teacher.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(channelwise_divergence(student, finer), expected.float()), "a teacher at twice the image size"
+    torch.testing.assert_close(channelwise_divergence(student, finer), expected.float(), msg="a teacher at twice the image size")
 
 
 def test_adapters_where_widths_differ() -> None:
@@ -431,10 +430,6 @@ def test_resume_without_its_teacher(flags: list[str], place: Path, teacher: str,
     (place / "lost.pt").unlink()
     message = error_of(["--resume", str(place / "runs" / "orphan" / "weights" / "last.pt"), "--epochs", "2"], capfd)
     assert f"{place / 'lost.pt'}: no such teacher" in message
-
-
-def test_settings_without_a_teacher_are_the_defaults() -> None:
-    assert (TrainConfig().teacher, TrainConfig().distill, TrainConfig().distill_features, TrainConfig().teacher_imgsz) == ((), 1.0, 0.0, None)
 
 
 def test_mistakes_are_one_line(flags: list[str], place: Path, teacher: str, capfd: pytest.CaptureFixture[str]) -> None:
