@@ -12,7 +12,9 @@ from tiny import train_flags
 from utils.extras import forbid_telemetry
 
 forbid_telemetry()  # tests import the packages themselves, too
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as below, in exported files' runtimes and in the scripts that tests start
+# The tests' networks are so small that threads wait for each other longer than they compute, and sums must not depend on how many share them.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # likewise in exported files' runtimes and in the scripts that tests start
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -22,12 +24,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is missing: real data and weights lie there")
     return SHARED
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_waiting_threads() -> None:
-    """The tests' networks are so small that threads wait for each other longer than they compute."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +38,8 @@ def flags(place: Path) -> list[str]:
     return train_flags(place)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Whatever a test sets."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)

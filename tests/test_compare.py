@@ -28,9 +28,6 @@ from utils.errors import UserError
 from utils.measure.timing import Latency
 from utils.plots.comparison import pareto_front
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # who takes part
 
 

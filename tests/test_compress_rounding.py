@@ -1,16 +1,12 @@
 """Rounding as int8 files round: numbers by hand, gradients that pass through, ranges, and a network that computes so."""
 from __future__ import annotations
 
-import pytest
 import torch
 from channels import Net, conv
 from tiny import lively, tiny_model
 from torch import Tensor, nn
 
 from utils.compress.rounding import Range, measure_ranges, round_input, round_weight, rounded, rounded_weight, weighted_layers
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # --- values --------------------------------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,6 @@ from torch import nn
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, output_sqnr_db, write_sensitivities
 from utils.plots.sensitivity import draw_sensitivities
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_signal_to_noise_by_hand():
     def raw(objectness: float, cls: float) -> torch.Tensor:

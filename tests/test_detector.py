@@ -26,7 +26,6 @@ from utils.errors import UserError
 from utils.evaluate.matching import Detections
 from utils.evaluate.output import yolo_lines
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [(64, 64), (90, 40), (40, 90), (33, 31)]
 KINDS = {"pt": "tiny.pt", "onnx": "tiny.onnx", "openvino": "tiny_openvino_model"}
 

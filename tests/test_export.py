@@ -25,7 +25,6 @@ from utils.export.metadata import KEY, ExportMetadata, foreign_facts, metadata_f
 from utils.export.produce import produce
 from utils.signals import keep_signal_stack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
 META = ExportMetadata(("red", "a 'quoted' \"<é>\"\n & 名"), (8, 16, 32), (64, 96), True, ((1.5, 2.25, 0.1, 1 / 3),) * 3, "fp16", "my best.pt")

@@ -29,7 +29,6 @@ from utils.network import TorchRunner, to_input
 
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.usefixtures("one_thread")
 FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
 
 

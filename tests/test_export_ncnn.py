@@ -25,7 +25,6 @@ from utils.export.produce import produce
 
 for package in ("ncnn", "pnnx"):
     pytest.importorskip(package)
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MODELS = Path(__file__).resolve().parents[1] / "models"
 

@@ -24,7 +24,6 @@ from utils.nms import NmsOptions, non_max_suppression
 from utils.signals import keep_signal_stack
 
 onnx, onnxruntime, openvino = (pytest.importorskip(package) for package in ("onnx", "onnxruntime", "openvino"))
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 NMS = GraphNms(0.25, 0.45, 20)
 

@@ -21,7 +21,6 @@ from utils.export.backends import open_network
 
 for package in ("onnx", "onnxruntime", "openvino"):
     pytest.importorskip(package)
-pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"onnx": "tiny.onnx", "openvino": "tiny_openvino_model", "torchscript": "tiny.torchscript"}
 
 

@@ -19,7 +19,6 @@ from utils.export.converters import quiet, to_torchscript, trace
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = torch.zeros(2, 3, 64, 96)
 
 

@@ -24,7 +24,6 @@ from utils.draw import save_image
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(hubconf.__file__).parent
 
 

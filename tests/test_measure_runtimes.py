@@ -21,7 +21,6 @@ from utils.measure.runtimes import RUNTIMES, Runtime, choose_runtimes
 
 BF16 = RUNTIMES[1]
 BY_NAME = {runtime.name: runtime for runtime in RUNTIMES}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def installed(name: str) -> Runtime:

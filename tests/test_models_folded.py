@@ -16,8 +16,6 @@ from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.files import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LIGHT = ["yolov5n", "yolov5s-shuffle", "yolov5s-repvgg-a0"]
 FILES = sorted(path.stem for path in ROOT.glob("models/**/*.yaml"))
 

@@ -17,7 +17,6 @@ from utils.measure.timing import Latency
 from utils.plots.cost import draw_row_costs
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5s-shuffle.yaml", "yolov5s-transformer.yaml", "yolov5-bifpn.yaml"])

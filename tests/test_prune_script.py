@@ -41,8 +41,6 @@ from utils.hyp import Hyp
 from utils.measure.runtimes import RUNTIMES
 from utils.training.loss import DetectionLoss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 FILES = sorted(ROOT.glob("models/**/*.yaml"))
 LIGHT = ["yolov5s-shuffle"]

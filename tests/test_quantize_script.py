@@ -20,8 +20,6 @@ from utils.cpu import cpu_int8
 from utils.errors import UserError
 from utils.export.backends import open_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:

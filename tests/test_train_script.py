@@ -20,10 +20,9 @@ from tiny import model_yaml, tiny_model, train_flags
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.threads import wait_politely
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -263,6 +262,16 @@ def test_ctrl_c_in_mid_epoch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert done >= 1
     assert train.main(["--resume", str(last), "--epochs", str(done + 1), "--workers", "0"]) == 0
     assert len(rows(tmp_path / "runs" / "exp")) == done + 1
+
+
+@pytest.mark.parametrize(("extra", "side"), [([], 64), (["--multi-scale"], 96)])
+def test_the_batch_is_fitted_at_the_largest_size(flags: list[str], monkeypatch: pytest.MonkeyPatch, extra: list[str], side: int) -> None:
+    def stop(model: object, batch_size: int, imgsz: int, *_: object) -> int:
+        raise UserError(f"measured at {imgsz}, asked for {batch_size}")
+
+    monkeypatch.setattr("utils.training.memory.fit_batch", stop)
+    with pytest.raises(UserError, match=f"measured at {side}, asked for -1"):
+        train.main.__wrapped__([*flags, "--batch-size", "-1", *extra])
 
 
 def test_resume_goes_on_where_last_pt_lies(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

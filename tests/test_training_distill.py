@@ -25,8 +25,6 @@ from utils.training.features import Adapters, channelwise_divergence
 from utils.training.loss import DetectionLoss
 from utils.training.teacher import Teacher, check_classes, match_anchors, soft_level
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 NO_TARGETS = torch.zeros(0, 6)
 

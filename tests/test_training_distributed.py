@@ -24,8 +24,6 @@ from utils.training.distill import build_distillation
 from utils.training.fit import Training
 from utils.training.runs import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 IMAGES = 7  # odd: the last batch is filled up, so that both processes get as many
 

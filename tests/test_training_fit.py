@@ -28,8 +28,6 @@ from utils.training.fit import image_chances, write_results
 from utils.training.memory import bytes_per_image, fit_batch
 from utils.training.stepper import Stepper
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 EPOCHS = 4
 BATCHES = 2  # an epoch

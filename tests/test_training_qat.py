@@ -36,8 +36,6 @@ from utils.training.qat import QuantizationAware
 from utils.training.runs import new_run
 from utils.training.stepper import Stepper
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIDE = 64
 LIGHT = ["yolov5n", "yolov5n-ghost", "yolov5s-shuffle"]
 FILES = sorted(path.stem for path in ROOT.glob("models/**/*.yaml"))

@@ -29,8 +29,6 @@ from utils.evaluate.validate import check_classes, truth_of, validate
 from utils.hyp import Hyp
 from utils.training.loss import DetectionLoss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 
 

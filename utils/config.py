@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.flags import NOT_NEGATIVE, POSITIVE, UNIT, Check, option
 
@@ -21,11 +22,29 @@ _OWN_SIZE = f"the one that the weights were trained at, {DEFAULT_IMGSZ} where th
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
+def _imgsz() -> Any:
+    return option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+
+
+def _height_and_width() -> Any:
+    return option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int, check=SIZES,
+                  aliases=("--img", "--img-size"))
+
+
 @dataclass(frozen=True)
-class Common:
+class Blocks:
+    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
+
+
+@dataclass(frozen=True)
+class DataRoot:
+    data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
+
+
+@dataclass(frozen=True)
+class Common(Blocks):
     device: str = option("", "cpu, or a CUDA device's number; the first CUDA device, else the CPU, if left out")
     precision: str = option("auto", "auto: bf16 or fp16 where the device has it natively, else fp32", choices=PRECISIONS)
-    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 
 @dataclass(frozen=True)
@@ -35,9 +54,8 @@ class NewRun(Common):
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(DataRoot):
     data: str = option("shapes.yaml", "data YAML, found as given or in data/")
-    data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
     download: bool = option(False, "fetch a missing data set from the URLs in its YAML")
     workers: int = option(8, "loader processes, at most one for each core; 0 loads in the training process", check=NOT_NEGATIVE)
     single_cls: bool = option(False, "treat all classes as one")
@@ -102,7 +120,7 @@ class InferenceOptions(NewRun):
 @dataclass(frozen=True)
 class ValConfig(DataOptions, InferenceOptions):
     batch_size: int = option(32, "images a batch", check=POSITIVE, aliases=("--batch",))
-    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int | None = _imgsz()
     conf_thres: float = option(0.001, "least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.6, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(300, "most boxes an image", check=POSITIVE)
@@ -117,8 +135,7 @@ class ValConfig(DataOptions, InferenceOptions):
 class DetectConfig(InferenceOptions):
     source: str = option("", "image, folder, glob, list file, video, webcam number or stream URL", required=True)
     data: str = option("", "data YAML whose class names an exported file takes that tells none itself")
-    imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
-                                           check=SIZES, aliases=("--img", "--img-size"))
+    imgsz: tuple[int, ...] | None = _height_and_width()
     conf_thres: float = option(0.25, "least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.45, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(1000, "most boxes an image", check=POSITIVE)
@@ -136,11 +153,10 @@ class DetectConfig(InferenceOptions):
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(DataRoot, Blocks):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
     include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino ncnn torchscript", nargs="+", type=str)
-    imgsz: tuple[int, ...] | None = option(None, f"image size, pixels: one number, or height and width (default: {_OWN_SIZE})", nargs="+", type=int,
-                                           check=SIZES, aliases=("--img", "--img-size"))
+    imgsz: tuple[int, ...] | None = _height_and_width()
     batch_size: int = option(1, "images a batch, where not --dynamic", check=POSITIVE, aliases=("--batch",))
     dynamic: bool = option(False, "a graph for any batch and image size; else for these alone")
     half: bool = option(False, "fp16 weights; images and boxes stay float32")
@@ -152,13 +168,11 @@ class ExportConfig:
     simplify: bool = option(False, "fold and merge what an ONNX graph computes needlessly (pip install onnxslim)")
     int8: bool = option(False, "int8 files are made, and scored, by quantize.py: its command is named")
     data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")
-    data_root: str = option("", "the folder that holds data sets (also: environment variable YOLO_DATASETS)")
     device: str = option("cpu", "where the checkpoint runs that each file is compared with; conversion and files run on the CPU")
-    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 
 @dataclass(frozen=True)
-class QuantizeConfig(DataOptions):
+class QuantizeConfig(DataOptions, Blocks):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
     data: str = option("", "data YAML that it was trained on, found as given or in data/: int8 is calibrated on its train split, scored on val",
                        required=True)
@@ -166,11 +180,10 @@ class QuantizeConfig(DataOptions):
     calib: int = option(300, "training images to measure the ranges of activations on", check=(lambda v: v >= 8, "must be 8 or more"))
     max_drop: float = option(1.0, "points of mAP50-95 that int8 may lose: layers stay float until it holds", check=NOT_NEGATIVE)
     sensitivity: bool = option(False, "also write what each layer's rounding costs, as table and picture")
-    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int | None = _imgsz()
     dynamic: bool = option(False, "a graph for any batch and image size; else for one square image")
     batch_size: int = option(32, "images a batch of the validation", check=POSITIVE, aliases=("--batch",))
     seed: int = option(0, "which training images are drawn", check=SEED)
-    plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,7 @@ class PruneConfig(DataOptions, NewRun):
     round_to: int = option(8, "numbers of channels are multiples of it", check=POSITIVE)
     calib: int = option(128, "training images that batch norms are re-estimated on", check=POSITIVE)
     held_out: int = option(128, "other training images that candidates are scored on", check=POSITIVE)
-    imgsz: int | None = option(None, f"image size, pixels (default: {_OWN_SIZE})", type=int, check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int | None = _imgsz()
     seed: int = option(0, "seed of everything random", check=SEED)
     noplots: bool = option(False, "write no pictures")
     project: str = option("runs/prune", "folder of runs")

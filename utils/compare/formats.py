@@ -1,7 +1,6 @@
 """One network in all its formats: the checkpoint and the exported files beside it, each scored, timed and started anew."""
 from __future__ import annotations
 
-import csv
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from utils.data.scenes import render
 from utils.errors import UserError, first_line
 from utils.evaluate.validate import check_classes, validate
 from utils.export.backends import OPENVINO_SUFFIX, is_exported
-from utils.files import ROOT, atomic_write, find_file, size_bytes
+from utils.files import ROOT, find_file, size_bytes, write_csv
 from utils.log import info, warn
 from utils.measure.timing import Latency, Timings, time_interleaved
 from utils.plots.formats import draw_formats
@@ -89,9 +88,9 @@ def find_formats(weights: Path) -> list[FormatRow]:
     """The checkpoint and the files beside it that are named after it, such as best.onnx and best_int8_openvino_model; those that compute in another
     precision when asked to, in both."""
     stem = weights.stem
-    beside = sorted(path for path in weights.parent.iterdir() if is_exported(path) and path.name.removeprefix(stem)[:1] in ("_", "."))
-    named = [path for path in beside if path.name.startswith(stem) and not any(word in path.name for word in (".mismatch", ".failed"))]
-    return [FormatRow(path, precision) for path in (weights, *named) for precision in _precisions(path)]
+    named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and path.name.startswith((f"{stem}_", f"{stem}.")))
+    whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".failed"))]
+    return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path)]
 
 
 def _precisions(path: Path) -> tuple[str, ...]:
@@ -188,7 +187,7 @@ class FormatComparison:
         if timings and timings.remark:
             warn(timings.remark)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(self.folder / "formats.csv", self.rows)
+        write_csv(self.folder / "formats.csv", _COLUMNS, map(_cells, self.rows))
         if not self.config.noplots:
             bars = {"mAP50-95": [row.map for row in self.rows], "latency, ms": [row.latency and row.latency.p50_ms for row in self.rows],
                     "start-up, s": [row.start_s for row in self.rows], "size, MiB": [row.mib for row in self.rows]}
@@ -235,11 +234,10 @@ def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def write_csv(path: Path, rows: Sequence[FormatRow]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "precision", "MiB", "mAP50", "mAP50-95", "latency_ms", "spread", "start_s", "runtime", "problem"])
-        for row in rows:
-            taken = row.latency
-            figures = (row.mib, row.map50, row.map, taken and taken.p50_ms, taken and taken.spread, row.start_s)
-            writer.writerow([row.path.name, row.precision, *("" if f is None else f"{f:.6g}" for f in figures), row.description, row.problem])
+_COLUMNS = ("file", "precision", "MiB", "mAP50", "mAP50-95", "latency_ms", "spread", "start_s", "runtime", "problem")
+
+
+def _cells(row: FormatRow) -> tuple[str, ...]:
+    taken = row.latency
+    figures = (row.mib, row.map50, row.map, taken and taken.p50_ms, taken and taken.spread, row.start_s)
+    return row.path.name, row.precision, *("" if f is None else f"{f:.6g}" for f in figures), row.description, row.problem

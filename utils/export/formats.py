@@ -15,7 +15,7 @@ from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
 from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX
-from utils.extras import import_extra, is_installed
+from utils.extras import import_extra, pip_install
 from utils.files import did_you_mean
 
 
@@ -63,8 +63,7 @@ class Format:
 
     def missing(self) -> str | None:
         """Which pip install it lacks; None where all is there."""
-        absent = [package for package in self.packages if not is_installed(package)]
-        return f"pip install {' '.join(absent)}" if absent else None
+        return pip_install(self.packages)
 
 
 def write_onnx(job: ExportJob, path: Path) -> None:

@@ -14,7 +14,7 @@ from utils.cpu import cpu_has_native_bf16
 from utils.device import PRECISION, autocast
 from utils.errors import UserError, short_reason
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
-from utils.extras import import_extra, is_installed
+from utils.extras import import_extra, pip_install
 from utils.files import did_you_mean
 from utils.signals import keep_signal_stack
 
@@ -38,9 +38,8 @@ class Runtime:
         Args:
             asked: the user named it, so that only what makes it impossible is a reason, not what makes it slow.
         """
-        absent = [package for package in self.packages if not is_installed(package)]
-        if absent:
-            return f"{self.name}: pip install {' '.join(absent)}"
+        if command := pip_install(self.packages):
+            return f"{self.name}: {command}"
         if self.dtype == torch.bfloat16 and not asked and not torch.cuda.is_available() and not cpu_has_native_bf16():
             return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
         return None

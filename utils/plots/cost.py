@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.plots.figures import class_color, new_figure, plain, save_figure, tidy
+from utils.plots.figures import class_color, new_figure, rows_downwards, save_figure
 
 _GFLOPS, _TIME = class_color(1), class_color(0)  # sky blue and vermilion
 _BAR = 0.4  # of the distance between two rows
@@ -23,10 +23,6 @@ def draw_row_costs(path: Path, rows: Sequence[tuple[str, float, float]], title: 
     for offset, column, color, label in ((-_BAR / 2, 1, _GFLOPS, "GFLOPs"), (_BAR / 2, 2, _TIME, "time")):
         bars = axes.barh([y + offset for y in middle], [100 * row[column] for row in rows], _BAR, color=color, label=f"share of {label}")
         axes.bar_label(bars, [f"{100 * row[column]:.1f}" for row in rows], padding=2, fontsize=6)
-    axes.set_yticks(middle, [plain(row[0]) for row in rows], fontsize=8)
-    tidy(axes, plain(title, 120), "% of the network")
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.06)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    rows_downwards(axes, [row[0] for row in rows], title, "% of the network")
     save_figure(figure, path)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -34,6 +35,15 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def rows_downwards(axes: Axes, names: Sequence[str], title: str, x: str, *, longest: int = 24, fontsize: float = 8) -> None:
+    """Horizontal bars' frame: the first name on top, no lines across the bars; the figure's legend below."""
+    axes.set_yticks(range(len(names)), [plain(name, longest) for name in names], fontsize=fontsize)
+    tidy(axes, plain(title, 120), x)
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
 
 
 def class_color(i: int) -> tuple[float, float, float]:

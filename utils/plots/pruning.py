@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.plots.figures import FAINT, INK, class_color, new_figure, plain, save_figure, tidy
+from utils.plots.figures import FAINT, INK, class_color, new_figure, plain, rows_downwards, save_figure, tidy
 
 _INCHES = 0.17  # a layer
 
@@ -21,12 +21,8 @@ def draw_widths(path: Path, layers: Sequence[tuple[str, int, int]], title: str) 
     bars = axes.barh(places, [before for _, before, _ in layers], color=FAINT, label="before")
     axes.barh(places, [after for *_, after in layers], color=class_color(1), label="after")
     axes.bar_label(bars, [f" {after} of {before}" for _, before, after in layers], fontsize=5.5, color=INK)
-    axes.set_yticks(places, [plain(name, 48) for name, *_ in layers], fontsize=6)
-    tidy(axes, plain(title, 120), "channels")
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.margins(x=0.1)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    rows_downwards(axes, [name for name, *_ in layers], title, "channels", longest=48, fontsize=6)
     save_figure(figure, path)
 
 

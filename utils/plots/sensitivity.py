@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from utils.plots.figures import class_color, new_figure, plain, save_figure, tidy
+from utils.plots.figures import class_color, new_figure, rows_downwards, save_figure
 
 _INT8, _FLOAT = class_color(1), class_color(0)  # sky blue and vermilion
 _INCHES = 0.2  # a layer
@@ -23,9 +23,5 @@ def draw_sensitivities(path: Path, found: Sequence[tuple[str, float]], kept: Col
         bars = [(n, sqnr_db) for n, (layer, sqnr_db) in enumerate(found) if (layer in kept) is stays]
         if bars:
             axes.barh([n for n, _ in bars], [sqnr_db for _, sqnr_db in bars], 0.8, color=color, label=label)
-    axes.set_yticks(range(len(found)), [plain(layer, 60) for layer, _ in found], fontsize=6)
-    tidy(axes, plain(title, 120), "signal to noise of the network's output, dB")
-    axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(found) - 0.4, -0.6)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+    rows_downwards(axes, [layer for layer, _ in found], title, "signal to noise of the network's output, dB", longest=60, fontsize=6)
     save_figure(figure, path)
