@@ -356,7 +356,7 @@ def test_a_network_that_no_converter_knows(tiny, tmp_path: Path, monkeypatch):
 
 
 def test_what_is_not_installed(tiny, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("utils.export.formats.is_installed", lambda package: package == "onnx")
+    monkeypatch.setattr("utils.extras.is_installed", lambda package: package == "onnx")
     with pytest.raises(UserError, match=r"^onnx: pip install onnxruntime$"):
         produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [], tiny, CPU)
 

@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(script: str, flags: list[str], words: str, place:
 
 def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, monkeypatch, capfd):
     (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
-    monkeypatch.setattr("utils.export.formats.is_installed", lambda package: package != "openvino")
+    monkeypatch.setattr("utils.extras.is_installed", lambda package: package != "openvino")
     assert export.main([*weights(tmp_path / "mine.pt"), "--include", "openvino", "onnx"]) == 1
     captured = capfd.readouterr()
     assert captured.err == "error: openvino: pip install openvino\n" and "mine.onnx" in captured.out
