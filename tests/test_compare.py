@@ -16,7 +16,7 @@ import compare
 import train
 from models import profile
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from utils.compare import comparison
+from utils.compare import comparison, runs
 from utils.compare.entrants import Entrant, check_settings, find_entrants, image_size
 from utils.compare.report import rank_notes
 from utils.compare.rows import Profile, Row, columns_of, mean_and_std, spearman
@@ -90,6 +90,25 @@ def test_the_command_of_a_training(tmp_path: Path) -> None:
     run.last.parent.mkdir(parents=True)
     run.last.touch()
     assert command(run, CompareConfig(data="bccd.yaml", device="cpu")) == ["--resume", str(run.last), "--device", "cpu", "--workers", "8"]
+
+
+def test_no_training_outlives_its_comparison(tmp_path: Path, monkeypatch) -> None:
+    """`kill -INT` of the comparison alone, unlike Ctrl-C, doesn't reach the training."""
+    done = tmp_path / "done"
+    (tmp_path / "train.py").write_text(f"import sys, time\nprint(file=sys.stderr, flush=True)\ntime.sleep(3)\nopen({str(done)!r}, 'w')\n")
+
+    class Terminal:
+        buffer = property(lambda self: self)
+
+        def write(self, words: bytes) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "_GRACE_S", 0.1)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(Run(Entrant("a", cfg="a.yaml"), 0, tmp_path / "a-seed0"), CompareConfig(data="bccd.yaml"))
+    assert not done.exists()
 
 
 # figures and tables, by hand

@@ -17,6 +17,7 @@ from utils.files import ROOT
 from utils.hyp import Hyp
 
 _ENDLESS = 100_000  # epochs, where time is the limit
+_GRACE_S = 10.0
 _ANEW = ("device", "workers", "data_root")  # what may differ from sitting to sitting
 _PASSED_ON = ("data", "imgsz", "batch_size", "hyp", "precision", "plugin", *_ANEW)
 
@@ -75,8 +76,12 @@ def train(run: Run, config: CompareConfig) -> None:
             sys.stderr.buffer.write(chunk)  # the progress bar passes through
             sys.stderr.buffer.flush()
             tail = (tail + chunk)[-4000:]
-    except KeyboardInterrupt:  # it got the same signal; let it end its way
-        process.wait()
+    except BaseException:
+        try:
+            process.wait(_GRACE_S)  # Ctrl-C reached it too: let it end its way
+        except subprocess.TimeoutExpired:
+            process.kill()  # a signal for this process alone did not; its last epoch is on the disk
+            process.wait()
         raise
     if process.wait():
         lines = tail.decode(errors="replace").replace("\r", "\n").strip().splitlines()
