@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from utils.plots.cost import draw_row_costs
 
 _ROUNDS = 20
 _BUDGET_S = 20.0  # of one runtime and batch size, all networks together, if three rounds fit into it
-_SLOWEST_S = 2.0  # a batch that takes longer is not measured: it would take the machine from all the others
+_SLOWEST_S = 1.0  # a batch that takes longer is not measured: it would take the machine from all the others
 
 
 def build(cfg: str, names: Sequence[str]) -> DetectionModel:
@@ -54,19 +54,19 @@ def _file_bytes(model: DetectionModel) -> int:
 def measure_latencies(
     models: Mapping[str, DetectionModel], profiles: Mapping[str, Profile], imgsz: int, runtimes: Sequence[Runtime], batches: Sequence[int],
     device: torch.device,
-) -> list[str]:
+) -> Iterator[list[str]]:
     """Time all networks in turn, runtime by runtime and batch size by batch size, and note it in their profiles.
 
     Args:
         models: by name; each is fused here.
         imgsz: pixels; a network whose strides it does not fit takes the next size that they do.
 
-    Returns:
-        Remarks: where the machine was not quiet, and what was too slow to measure.
+    Yields:
+        After each runtime, remarks: where the machine was not quiet, and what was too slow to measure.
     """
     fused = {name: model.fused().to(device, memory_format=torch.channels_last) for name, model in models.items()}
-    remarks = []
     for runtime in runtimes:
+        remarks = []
         for batch in sorted(batches):
             runs: dict[str, Run] = {}
             for name in tqdm(fused, desc=f"{runtime.name} b{batch}", leave=False, dynamic_ncols=True):
@@ -79,13 +79,13 @@ def measure_latencies(
                 except UserError as error:
                     profiles[name].problems.append(f"batch {batch}: {error}")
             if runs:
-                timings = time_interleaved(runs, _ROUNDS, budget_s=_BUDGET_S, reference=reference_convolution(device),
-                                           title=f"{runtime.name} b{batch}")
+                timings = time_interleaved(runs, _ROUNDS, budget_s=_BUDGET_S, warm_ups=0, reference=reference_convolution(device),
+                                           title=f"{runtime.name} b{batch}")  # preparing ran them once
                 for name, latency in timings.latencies.items():
                     profiles[name].latency[runtime.name, batch] = latency
                 if timings.noisy:
                     remarks.append(f"{runtime.name}, batch {batch}: {timings.remark}")
-    return remarks
+        yield remarks
 
 
 def _prepare(runtime: Runtime, network: nn.Module, imgsz: int, batch: int, device: torch.device) -> Run:

@@ -284,6 +284,16 @@ def test_costs_alone_need_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "no such runtime; did you mean torchscript" in capfd.readouterr().err
 
 
+def test_what_is_measured_is_written_before_the_next_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.measure.runtimes.trace", interrupted)
+    argv = ["--cfg", str(model_yaml(tmp_path)), "--imgsz", "64", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1"]
+    assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "TorchScript"]) == 2
+    assert float(table_of(tmp_path / "costs", "costs.csv")["tiny"]["PyTorch fp32 b1 p50 (ms)"]) > 0
+
+
 def test_a_training_that_fails_costs_its_row(tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, whose last line is the reason."""
     monkeypatch.undo()

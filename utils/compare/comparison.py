@@ -1,7 +1,7 @@
 """A comparison from its networks to its report; each network that fails costs its own row only."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ class Networks(Protocol):
     def draw_rows(self, model: Any, imgsz: int, device: torch.device, dtype: torch.dtype, out: Path | None) -> str: ...
 
     def measure_latencies(self, models: Mapping[str, Any], profiles: Mapping[str, Profile], imgsz: int, runtimes: Sequence[Any],
-                          batches: Sequence[int], device: torch.device) -> list[str]: ...
+                          batches: Sequence[int], device: torch.device) -> Iterator[list[str]]: ...
 
 
 class Comparison:
@@ -143,11 +143,15 @@ class Comparison:
         return results
 
     def measure(self) -> None:
-        """Latency of all networks side by side."""
+        """Latency of all networks side by side; a report after each runtime but the last."""
         if not self.models:
             return
         profiles = {name: self.rows[name].profile for name in self.models}
-        self.remarks += self.networks.measure_latencies(self.models, profiles, self.config.imgsz, self.runtimes, self.config.batches, self.device)
+        measured = self.networks.measure_latencies(self.models, profiles, self.config.imgsz, self.runtimes, self.config.batches, self.device)
+        for n, remarks in enumerate(measured, 1):
+            self.remarks += remarks
+            if n < len(self.runtimes):
+                self.report()
         for name, profile in profiles.items():
             self.rows[name].problems += profile.problems
 

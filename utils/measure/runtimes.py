@@ -20,7 +20,6 @@ from utils.signals import keep_signal_stack
 
 Run = Callable[[], Sequence[Tensor]]  # one batch to its raw maps, done when it returns; the next run may overwrite them
 _LONGEST_REASON = 400  # characters
-_PROFILED_RUNS = 3  # after which TorchScript has optimised what it saw
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,6 @@ def _torchscript(network: nn.Module, images: Tensor) -> Run:
         _synchronize(images)
         return maps
 
-    for _ in range(_PROFILED_RUNS):
-        run()
     return run
 
 
