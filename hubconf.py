@@ -33,7 +33,7 @@ def _own_packages() -> abc.Iterator[None]:
     A program that has imported ours itself keeps them under their plain names.
     """
     theirs = _loaded()
-    if theirs and all(map(_is_ours, theirs.values())):
+    if theirs and all(_is_ours(name, module) for name, module in theirs.items()):
         yield
         return
     for name in theirs:
@@ -56,9 +56,9 @@ def _loaded(prefix: str = "") -> dict[str, typing.Any]:
     return {name: module for name, module in modules.items() if name.partition(".")[0] in _PACKAGES}
 
 
-def _is_ours(module: typing.Any) -> bool:
+def _is_ours(name: str, module: typing.Any) -> bool:
     file = getattr(module, "__file__", None)
-    return file is not None and pathlib.Path(file).is_relative_to(_ROOT)
+    return file is not None and pathlib.Path(file).resolve().is_relative_to(_ROOT / name.partition(".")[0])
 
 
 with _own_packages():
@@ -127,3 +127,4 @@ def _wrapped(opened: weights.OpenWeights, verbose: bool) -> hub_model.HubModel:
 
 
 yolov5n, yolov5s, yolov5m, yolov5l, yolov5x = map(_named, ("yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x"))
+yolov5n6, yolov5s6, yolov5m6, yolov5l6, yolov5x6 = map(_named, ("yolov5n6", "yolov5s6", "yolov5m6", "yolov5l6", "yolov5x6"))

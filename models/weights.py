@@ -5,7 +5,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -101,6 +101,8 @@ def open_weights(
     Raises:
         UserError: no such file, not a whole one, or not for this device.
     """
+    if precision not in get_args(PrecisionName):
+        raise UserError(f"precision {precision!r}: one of {', '.join(get_args(PrecisionName))}")
     if is_exported(weights):
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)

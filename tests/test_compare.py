@@ -78,7 +78,7 @@ def test_checkpoints_are_scored_at_their_own_size(tmp_path: Path) -> None:
 
 def test_every_network_has_its_turn_before_the_next_seed(tmp_path: Path) -> None:
     entrants = [Entrant("a", cfg="a.yaml"), Entrant("done", weights="done.pt"), Entrant("b", cfg="b.yaml")]
-    assert [run.folder.name for run in plan_runs(entrants, (0, 7), tmp_path)] == ["a-seed0", "b-seed0", "a-seed7", "b-seed7"]
+    assert [run.folder.name for run in plan_runs(entrants, (0, 7, 0), tmp_path)] == ["a-seed0", "b-seed0", "a-seed7", "b-seed7"]
 
 
 def test_the_command_of_a_training(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 from tiny import data_yaml, tiny_model
 
@@ -12,6 +15,7 @@ import compare
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.compare import formats
 from utils.compare.formats import FormatRow, find_formats, table
+from utils.errors import UserError
 from utils.export.formats import FORMATS, ExportJob
 from utils.export.metadata import ExportMetadata
 from utils.measure.timing import Latency
@@ -69,6 +73,29 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
 def test_picture_without_scores(tmp_path: Path):
     draw_formats(tmp_path / "a.png", ["best.pt", "best.onnx"], {"mAP50-95": [None, None], "latency, ms": [3.0, None], "size": [0.0, 0.0]}, "best.pt")
     assert cv2.imread(str(tmp_path / "a.png")) is not None
+
+
+def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkeypatch):
+    def one(runner: str, images: np.ndarray) -> Callable[[], None]:
+        def run() -> None:
+            if runner == "bad.onnx":
+                raise UserError("bad.onnx: other outputs")
+
+        return run
+
+    monkeypatch.setattr(formats, "_one", one)
+    comparison = object.__new__(formats.FormatComparison)
+    comparison.imgsz, comparison.rows = 64, [FormatRow(Path(name), "fp32") for name in ("bad.onnx", "best.pt")]
+    comparison._open = lambda row, at_once: SimpleNamespace(runner=row.path.name, fixed=None, description="")
+    comparison._time(np.zeros((64, 64, 3), np.uint8))
+    bad, best = comparison.rows
+    assert bad.problem == "bad.onnx: other outputs" and bad.latency is None and best.latency.runs >= 3
+
+
+@pytest.mark.parametrize("flags", [["--runtimes", "openvino"], ["--layers"], ["--cfg", "a.yaml", "--seeds", "1"]])
+def test_flags_that_formats_have_no_use_for(flags: list[str], tmp_path: Path, capsys):
+    assert compare.main(["--formats", "best.pt", *flags]) == 2
+    assert f"leave out {flags[0]}" in capsys.readouterr().err
 
 
 def test_no_such_checkpoint(tmp_path: Path, capsys):

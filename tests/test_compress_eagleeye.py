@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from utils.compress.eagleeye import Search
+from utils.compress.pruning import Pruning
 from utils.errors import UserError
 
 SETTINGS = {"weights": "abc", "target-flops": 0.5, "seed": 0}
@@ -88,3 +89,15 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: object):
     (tmp_path / "search.json").write_bytes(content if isinstance(content, bytes) else str(content).encode())
     with pytest.raises(UserError, match=r"search.json: can't be read as a search .*: remove it to begin anew"):
         Search(tmp_path / "search.json", SETTINGS)
+
+
+def test_the_best_that_meets_a_latency(tmp_path: Path, capsys):
+    """Number 1 is the best, but slower than asked for; what was measured once counts when the search goes on."""
+    search, asked = Search(tmp_path / "search.json", SETTINGS), []
+    best = search.run(5, draw, score)
+    pruning = object.__new__(Pruning)
+    pruning.costs = {"latency": lambda plan: asked.append(plan) or {2: 0.6, 4: 0.48, 5: 0.3}.get(plan["a.weight"], 0.7)}
+    assert pruning._fast_enough(best, 0.5, search).number == 3 and len(asked) == 2
+    assert pruning._fast_enough(best, 0.5, Search(tmp_path / "search.json", SETTINGS)).number == 3 and len(asked) == 2
+    assert pruning._fast_enough(best, 0.1, search).number == 4
+    assert "no candidate takes 0.1 of the latency or less" in capsys.readouterr().err

@@ -83,6 +83,20 @@ def test_folder_of_images_and_videos(tmp_path):
         ]  # fmt: skip
 
 
+def test_a_broken_file_among_others_is_skipped(tmp_path, capsys):
+    _image(tmp_path / "a.png", 1)
+    (tmp_path / "b.mp4").write_bytes(b"no video at all")
+    (tmp_path / "c.jpg").write_bytes(b"no image")
+    _image(tmp_path / "d.png", 2)
+    with open_source(str(tmp_path)) as source:
+        assert [_number(frame.image) for frame in source] == [1, 2]
+    said = capsys.readouterr().err
+    assert "skipped" in said and "b.mp4: can't be read as a video" in said and "c.jpg" in said
+    (tmp_path / "a.png").unlink(), (tmp_path / "d.png").unlink()
+    with open_source(str(tmp_path)) as source, pytest.raises(UserError, match="none of its 2 files can be read"):
+        list(source)
+
+
 @pytest.mark.parametrize("ordered", [["a", "b2", "b10"], ["1", "02", "x"], ["2", "²"], ["A1", "a2"]])
 def test_natural_order(ordered):
     assert sorted(reversed(ordered), key=natural_key) == ordered

@@ -484,7 +484,7 @@ class Hostile:
     [
         (["--source", "broken.mp4"], r"broken\.mp4: can't be read as a video"),
         (["--source", "none.jpg"], r"none\.jpg: no such image"),
-        (["--source", "broken.jpg"], "none of its 1 images can be read"),
+        (["--source", "broken.jpg"], "broken.jpg: "),
         (["--weights", "none.pt"], r"none\.pt: no such weights"),
         (["--weights", "hostile.pt"], r"hostile\.pt: .*system"),
         (["--weights", "broken.mp4"], r"broken\.mp4"),

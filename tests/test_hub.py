@@ -4,6 +4,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,7 +257,7 @@ def test_named_networks(place, tmp_path, monkeypatch):
     assert sum(p.numel() for p in hubconf.yolov5n(pretrained=False, autoshape=False, device="cpu").parameters()) == 1_872_157
     (tmp_path / "yolov5n.pt").write_bytes((place / "tiny.pt").read_bytes())
     assert hubconf.yolov5n(device="cpu", _verbose=False).names == {0: "red", 1: "green"}
-    assert {"yolov5s", "yolov5m", "yolov5l", "yolov5x"} <= set(dir(hubconf)) and "pretrained" in hubconf.yolov5x.__doc__
+    assert {f"yolov5{size}{kind}" for size in "nsmlx" for kind in ("", "6")} <= set(dir(hubconf)) and "pretrained" in hubconf.yolov5x.__doc__
 
 
 USERS_PROGRAM = """
@@ -295,6 +296,12 @@ def test_a_program_with_its_own_models_and_utils(place, tmp_path):
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("image 1/1: 64x64 ") and [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_what_lies_in_our_folder_is_not_ours_by_that(monkeypatch):
+    """A virtual environment or the user's experiments may, with a utils of their own."""
+    for file, ours in (("env/lib/utils.py", False), ("experiments/utils/__init__.py", False), ("utils/__init__.py", True), ("utils/boxes.py", True)):
+        assert hubconf._is_ours("utils", SimpleNamespace(__file__=str(ROOT / file))) == ours
 
 
 def test_a_program_in_this_folder_keeps_one_copy(place):

@@ -157,6 +157,13 @@ def test_emulated_bf16_only_for_those_who_ask(native: bool, monkeypatch):
     assert choose_runtimes(["PyTorch BF16"]) == ([BF16], [])
 
 
+def test_runtimes_of_the_cpu_are_left_out_on_another_device(monkeypatch):
+    away = Runtime("Engine", runtimes._onnxruntime, ("os",))
+    monkeypatch.setattr(runtimes, "RUNTIMES", (*RUNTIMES[:2], away))
+    assert choose_runtimes(device="cuda:0") == ([*RUNTIMES[:2]], ["Engine: runs on the CPU only: --device cpu measures it"])
+    assert choose_runtimes(["engine"], "cpu") == ([away], [])
+
+
 def test_runtimes_by_name():
     assert choose_runtimes(["torch-script", "pytorchfp32", "torch-script"])[0] == [BY_NAME["TorchScript"], BY_NAME["PyTorch fp32"]]
     with pytest.raises(UserError, match="open vinno: no such runtime; did you mean openvino"):

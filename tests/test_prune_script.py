@@ -179,7 +179,7 @@ def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.Monkey
     assert run(place, *search, "--candidates", "1") == 0
     count = len(asked)
     assert run(place, *search, "--candidates", "2", "--exist-ok") == 0
-    assert count > 2 and len(asked) == count + 1  # only whether it can be reached
+    assert count > 2 and len(asked) <= count + 2  # whether it can be reached, and the new candidate if it is the better one
     content = json.loads((place / "runs" / "latency" / "candidates.json").read_text())
     assert all(candidate["costs"]["flops"] <= content["measured"]["flops"] < 0.7 for candidate in content["candidates"])
 

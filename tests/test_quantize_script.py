@@ -96,6 +96,14 @@ def test_a_file_that_loses_too_much_is_kept_aside(kind: str, place: Path, tmp_pa
     assert open_network(aside).metadata.precision == "int8"
 
 
+def test_a_network_that_finds_nothing_proves_nothing(place: Path, tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "best.pt").write_bytes((place / "tiny-0.5x.pt").read_bytes())
+    needs("onnx")
+    monkeypatch.setattr(quantization.Quantization, "score", lambda self, network: Scores(0.0, 0.0))
+    assert quantize.main(flags(place, "onnx", weights=tmp_path / "best.pt")) == 2
+    assert "finds nothing on the val images" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
 def test_the_file_lies_beside_weights_that_are_found_beside_the_project(place: Path, tmp_path: Path, monkeypatch):
     needs("onnx")
     monkeypatch.setattr("utils.checkpoint.ROOT", place)
@@ -123,7 +131,7 @@ def test_a_sensitive_layer_stays_float(place: Path, tmp_path: Path, capsys, monk
 
 @pytest.mark.parametrize(("flags", "said"), [
     ({"avx2", "avx512f"}, "no int8 instructions"), ({"avx2", "avx_vnni"}, "AVX-VNNI"), ({"avx512_vnni", "avx_vnni"}, "AVX-512 VNNI and AVX-VNNI"),
-    ({"amx_int8", "avx512_vnni"}, "AMX and AVX-512 VNNI"), ({"asimddp"}, "dot products"), (set(), "no int8 instructions"),
+    ({"amx_int8", "avx512_vnni"}, "AMX and AVX-512 VNNI"), ({"asimddp"}, "dot products"), (set(), "int8 instructions that this system"),
 ])  # fmt: skip
 def test_the_processors_int8_is_named(flags, said, monkeypatch):
     monkeypatch.setattr("utils.cpu._cpu_flags", lambda: flags)

@@ -36,6 +36,8 @@ _INT8 = {"amx_int8": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI
 def cpu_int8() -> str:
     """The processor's instructions for int8 in words."""
     flags = _cpu_flags()
+    if not flags:
+        return "int8 instructions that this system does not tell of"
     found = [name for flag, name in _INT8.items() if flag in flags]
     return " and ".join(found) if found else "no int8 instructions (VNNI, AMX), so that int8 gains less here than where they are"
 
@@ -50,7 +52,7 @@ def cpu_precision(name: PrecisionName) -> Literal["fp32", "bf16"]:
         raise UserError("--precision fp16 (--half) needs a CUDA device: on a CPU use auto, bf16 or fp32")
     if name == "auto":
         return "bf16" if cpu_has_native_bf16() else "fp32"
-    if name == "bf16" and not cpu_has_native_bf16():
+    if name == "bf16" and _cpu_flags() and not cpu_has_native_bf16():
         warn("this processor has no bf16 instructions: --precision bf16 is emulated, slower than fp32")
     return name
 

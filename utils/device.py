@@ -32,7 +32,6 @@ def select_device(name: str = "") -> torch.device:
     count = torch.cuda.device_count()
     if not 0 <= index < count:
         raise UserError(f"--device {name or index}: there are {count} CUDA devices, 0 to {count - 1}; or use cpu")
-    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
@@ -44,7 +43,8 @@ def compute_dtype(precision: PrecisionName, device: torch.device) -> torch.dtype
     if device.type == "cpu":
         return DTYPE[cpu_precision(precision)]
     if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return DTYPE[precision]
 
 
@@ -67,6 +67,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory so far: allocated on a CUDA device, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where no figure is given
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

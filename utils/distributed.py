@@ -49,7 +49,9 @@ class World(NamedTuple):
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """Join torchrun's group (nccl on CUDA, gloo on CPU) for the block; a single process has no group."""
+    """Join torchrun's group (nccl on CUDA, gloo on CPU) for the block; a single process has no group. What names no GPU then means this one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()

@@ -133,7 +133,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:  # a rename may reach the disk before the bytes do
+        with open(temporary, "r+b") as file:  # a rename may reach the disk before the bytes do; Windows syncs what is open to write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -156,7 +156,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for inside in temporary.iterdir():
-            with open(inside, "rb") as file:
+            with open(inside, "r+b") as file:
                 os.fsync(file.fileno())
         if path.exists():
             path.rename(before)

@@ -57,7 +57,7 @@ class Comparison:
         self.rows = {entrant.name: Row(entrant) for entrant in entrants}
         self.device = select_device(config.device)
         self.dtype = compute_dtype(config.precision, self.device)
-        self.runtimes, self.remarks = choose_runtimes(config.runtimes)
+        self.runtimes, self.remarks = choose_runtimes(config.runtimes, self.device)
         self.hyp = load_hyp(config.hyp)
         self.splits = self._open_splits() if config.data else {}
         self.models = {}

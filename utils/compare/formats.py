@@ -33,6 +33,7 @@ from utils.runner import Runner
 _ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
 _STARTS = 4  # of which the first, that fills the page cache, does not count
 _VAL_BATCH = 32
+_IDLE = ("cfg", "weights", "epochs", "budget_minutes", "seeds", "hyp", "batches", "runtimes", "layers", "precision")
 
 
 class OpenWeights(Protocol):
@@ -103,6 +104,9 @@ class FormatComparison:
 
     def __init__(self, config: CompareConfig, open_weights: Open) -> None:
         self.config, self._open_weights = config, open_weights
+        plain = CompareConfig()
+        if idle := [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) != getattr(plain, name)]:
+            raise UserError(f"--formats compares one checkpoint's files, on the CPU: leave out {' '.join(idle)}")
         self.weights = find_file(config.formats, [ROOT], "weights file")
         self.rows = find_formats(self.weights)
         self.imgsz = self._open(self.rows[0]).square_size(config.imgsz)
@@ -156,7 +160,7 @@ class FormatComparison:
     def _started(self, row: FormatRow, picture: Path) -> float:
         flags = ["--weights", str(row.path), "--source", str(picture), "--project", str(picture.parent), "--device", "cpu",
                  "--precision", "fp32" if row.precision == "int8" else row.precision]
-        flags += ["--data", self.config.data] if self.config.data else []
+        flags += [word for flag in ("data", "plugin") if (value := getattr(self.config, flag)) for word in (f"--{flag}", value)]
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], capture_output=True, text=True)
         if done.returncode:
@@ -171,8 +175,9 @@ class FormatComparison:
                 weights = self._open(row, at_once=1)
                 row.description = weights.description
                 padded, _ = letterbox(image, weights.fixed or (self.imgsz, self.imgsz), None)
-                runs[row.name] = _one(weights.runner, padded[None])
-                runs[row.name]()
+                run = _one(weights.runner, padded[None])
+                run()
+                runs[row.name] = run
         if not runs:
             return None
         timings = time_interleaved(runs, _ROUNDS, budget_s=_SECONDS)

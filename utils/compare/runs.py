@@ -60,7 +60,8 @@ class Run(NamedTuple):
 
 def plan_runs(entrants: list[Entrant], seeds: tuple[int, ...], folder: Path) -> list[Run]:
     """Every network with the first seed, then with the next: an interrupted comparison has compared something."""
-    return [Run(entrant, seed, folder / "runs" / f"{entrant.name}-seed{seed}") for seed in seeds for entrant in entrants if entrant.cfg]
+    new = [entrant for entrant in entrants if entrant.cfg]
+    return [Run(entrant, seed, folder / "runs" / f"{entrant.name}-seed{seed}") for seed in dict.fromkeys(seeds) for entrant in new]
 
 
 def train(run: Run, config: CompareConfig) -> None:

@@ -1,8 +1,9 @@
 """A pruning from its settings to the channels that stay."""
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from utils.device import PRECISION, compute_dtype
 from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.files import read_yaml, write_yaml
-from utils.log import info
+from utils.log import info, warn
 from utils.network import to_input
 
 _IMPORTANCE = {"eagleeye": l1, "l1": l1, "fpgm": fpgm, "sfp": l2, "slimming": gamma}
@@ -179,9 +180,9 @@ class Pruning:
         search = Search(folder / "candidates.json", settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
-        if kind == "latency":  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
-            kind, latency = "flops", target
-            target = search.measure_once("flops", lambda: self.costs["flops"](self._within(self._make, "latency", latency)))
+        latency = target if kind == "latency" else None
+        if latency:  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
+            kind, target = "flops", search.measure_once("flops", lambda: self.costs["flops"](self._within(self._make, "latency", latency)))
 
         def draw(number: int) -> tuple[Plan, dict[str, float]]:
             maker = random_shares(self.graph, self.limits, np.random.default_rng((config.seed, number)))
@@ -192,7 +193,20 @@ class Pruning:
         for place, candidate in enumerate(best[:_PLANS], 1):
             write_yaml(folder / "plans" / f"{place}.yaml", _as_dict(candidate))
         self.candidates = best
-        return best[0].plan
+        return self._fast_enough(best, latency, search).plan if latency else best[0].plan
+
+    def _fast_enough(self, best: Sequence[Candidate], latency: float, search: Search) -> Candidate:
+        """The best candidate that is: of equal FLOPs they differ in latency."""
+        shares: dict[int, float] = {}
+        for candidate in best:
+            share = search.measure_once(f"latency of {candidate.number}", functools.partial(self.costs["latency"], candidate.plan))
+            if share <= latency:
+                info(f"candidate {candidate.number}: the best that takes {latency:g} of the latency or less, {share:.2f}")
+                return candidate
+            shares[candidate.number] = share
+        fastest = min(best, key=lambda candidate: shares[candidate.number])
+        warn(f"no candidate takes {latency:g} of the latency or less: this is the fastest, {shares[fastest.number]:.2f}")
+        return fastest
 
     def _read_plan(self, path: Path) -> Plan:
         plan = read_yaml(path).get("channels")

@@ -19,6 +19,7 @@ from utils.cpu import cpu_int8
 from utils.data.labels import Split
 from utils.data.open import val_loader
 from utils.device import machine
+from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.export.backends import open_network
 from utils.export.formats import ExportJob, Format
@@ -73,6 +74,9 @@ class Quantization:
         with TemporaryDirectory() as folder:
             files = Int8Files(self.job, self.kind, self.images, Path(folder), self._ranges())
             reference = self.score(open_network(files.float_path))
+            if not reference.map:
+                raise UserError(f"{self.weights}: the float file finds nothing on the val images of {config.data}, so that int8 can't be judged: "
+                                "train it first, or check --data")
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})

@@ -199,20 +199,20 @@ def _read_list(path: Path) -> list[Path]:
 def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
     given = 0
     for path in paths:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            for frame in _video_frames(str(path), str(path), stride, stop):
-                yield frame
-                given += 1
-            continue
         try:
-            image = read_image(path)
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                for frame in _video_frames(str(path), str(path), stride, stop):
+                    yield frame
+                    given += 1
+            else:
+                yield Frame(str(path), 0, read_image(path), None)
+                given += 1
         except ImageError as error:
+            if len(paths) == 1:
+                raise UserError(str(error)) from None
             warn(f"skipped {error}")
-            continue
-        yield Frame(str(path), 0, image, None)
-        given += 1
     if not given:
-        raise UserError(f"{text}: none of its {len(paths)} images can be read")
+        raise UserError(f"{text}: none of its {len(paths)} files can be read")
 
 
 def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
@@ -225,7 +225,7 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -
             if stop.is_set():
                 return
     if not count:
-        raise UserError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
+        raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
     if count * stride < 0.95 * expected:  # a few frames less are common: containers only estimate
         warn(f"{name}: broken off after frame {count * stride} of {expected}")
 

@@ -52,6 +52,7 @@ class Format:
     is_folder: of several files.
     write: makes the file, or the files in a folder that is there.
     suppresses: can hold non-maximum suppression in its graph.
+    elsewhere: why it is not written here, and the way there.
     """
 
     name: str
@@ -60,10 +61,11 @@ class Format:
     is_folder: bool
     write: Callable[[ExportJob, Path], None]
     suppresses: bool = False
+    elsewhere: str = ""
 
     def missing(self) -> str | None:
-        """Which pip install it lacks; None where all is there."""
-        return pip_install(self.packages)
+        """Which pip install it lacks, or why it is not written here; None where all is there."""
+        return f"not written here: {self.elsewhere}" if self.elsewhere else pip_install(self.packages)
 
 
 def write_onnx(job: ExportJob, path: Path) -> None:
@@ -116,20 +118,13 @@ _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here,
 }
 
 
-def _not_here(reason: str) -> Callable[[ExportJob, Path], None]:
-    def write(job: ExportJob, path: Path) -> None:
-        raise UserError(f"not written here: {reason}")
-
-    return write
-
-
 def choose_formats(asked: Sequence[str]) -> list[Format]:
     """The formats of these names, each once; one that is not written here says so when it is.
 
     Raises:
         UserError: no such format.
     """
-    known = FORMATS | {name: Format(name, (), f".{name}", False, _not_here(reason), suppresses=True) for name, reason in _ELSEWHERE.items()}
+    known = FORMATS | {name: Format(name, (), f".{name}", False, write_onnx, elsewhere=reason) for name, reason in _ELSEWHERE.items()}
     for name in asked:
         if name not in known:
             raise UserError(f"--include {name}: no such format{did_you_mean(name, known)}; there are {', '.join(FORMATS)}")

@@ -31,15 +31,18 @@ class Runtime:
     packages: tuple[str, ...] = ()  # beyond PyTorch
     dtype: torch.dtype = torch.float32
 
-    def missing(self, asked: bool = False) -> str | None:
+    def missing(self, asked: bool = False, device: torch.device | str = "cpu") -> str | None:
         """Why it can't run here, in one line; None where it can.
 
         Args:
             asked: the user named it, so that only what makes it impossible is a reason, not what makes it slow.
         """
+        on_cpu = torch.device(device).type == "cpu"
+        if self.packages and not on_cpu:
+            return f"{self.name}: runs on the CPU only: --device cpu measures it"
         if command := pip_install(self.packages):
             return f"{self.name}: {command}"
-        if self.dtype == torch.bfloat16 and not asked and not torch.cuda.is_available() and not cpu_has_native_bf16():
+        if self.dtype == torch.bfloat16 and not asked and on_cpu and not cpu_has_native_bf16():
             return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
         return None
 
@@ -60,8 +63,6 @@ class Runtime:
             UserError: this network does not run in it, and why.
         """
         try:
-            if self.packages and images.is_cuda:
-                raise ValueError("runs on the CPU only: use --device cpu")
             network = network.to(images.device, memory_format=torch.channels_last)
             run = self.make(network, images)
             run()
@@ -70,8 +71,8 @@ class Runtime:
         return run
 
 
-def choose_runtimes(asked: Sequence[str] = ()) -> tuple[list[Runtime], list[str]]:
-    """Those that can run here, and for each other one a line that says why not.
+def choose_runtimes(asked: Sequence[str] = (), device: torch.device | str = "cpu") -> tuple[list[Runtime], list[str]]:
+    """Those that can run on this device, and for each other one a line that says why not.
 
     Args:
         asked: names, of which only letters and digits count; none: all.
@@ -84,7 +85,7 @@ def choose_runtimes(asked: Sequence[str] = ()) -> tuple[list[Runtime], list[str]
         if _key(name) not in known:
             raise UserError(f"{name}: no such runtime{did_you_mean(_key(name), known)}; there are {', '.join(known)}")
     chosen = [known[_key(name)] for name in dict.fromkeys(asked)] or list(RUNTIMES)
-    reasons = {runtime.name: runtime.missing(asked=bool(asked)) for runtime in chosen}
+    reasons = {runtime.name: runtime.missing(bool(asked), device) for runtime in chosen}
     return [runtime for runtime in chosen if not reasons[runtime.name]], [reason for reason in reasons.values() if reason]
 
 
