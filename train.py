@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from utils.config import TrainConfig
-from utils.errors import script
+from utils.errors import UserError, script
 from utils.flags import parse_given
 from utils.threads import wait_politely
 
@@ -49,12 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     device = select_device(config.device)
     load_plugin(config.plugin)
-    train_split, val_split = open_splits(config, ("train", "val"))
 
     with join_world(device) as world:
+        train_split, val_split = world.first_alone(lambda: open_splits(config, ("train", "val")))
         torch.manual_seed(config.seed)
         if run.checkpoint:
             model = model_from_checkpoint(run.checkpoint, config.resume)
+            if model.names != train_split.names:
+                raise UserError(f"{config.data}: has other classes now than when {config.resume} began: put them back, or start anew with --weights")
         else:
             model, transfer = build_for_training(config.cfg, config.weights, train_split.names)
             info(f"{config.weights}: {transfer}" if transfer else "weights: random")
@@ -68,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.to(device, memory_format=torch.channels_last)
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
         largest = model.whole_strides(config.imgsz * 3 // 2) if config.multi_scale else config.imgsz
-        batch_size = fit_batch(model, config.batch_size, largest, device, world.size, len(train_split.images))
+        dtype = compute_dtype(config.precision, device)
+        batch_size = fit_batch(model, config.batch_size, largest, device, world.size, len(train_split.images), dtype)
         config = dataclasses.replace(config, batch_size=world.share(batch_size))
-        print_summary(model, config.imgsz, device, compute_dtype(config.precision, device))
+        print_summary(model, config.imgsz, device, dtype)
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         run = dataclasses.replace(run, config=config, folder=folder)

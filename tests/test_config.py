@@ -172,7 +172,7 @@ def test_every_default_is_in_its_range():
     ({"mosiac": 1.0}, ["mosiac", "unknown key", "did you mean mosaic"]), ({"copy_paste": 0.1}, ["copy_paste", "only 0.0 is supported"]),
     ({"fl_gamma": 1.5}, ["fl_gamma", "only 0.0"]), ({"lr0": "0.01"}, ["lr0", "number", "'0.01'"]), ({"lr0": True}, ["lr0", "True"]),
     ({"lr0": 0}, ["lr0", "above 0"]),
-    ({"lr0": float("nan")}, ["lr0", "finite"]), ({"lr0": float("inf")}, ["lr0", "finite"]), ({"momentum": 1.5}, ["momentum", "between 0 and 1"]),
+    ({"lr0": float("nan")}, ["lr0", "finite"]), ({"lr0": float("inf")}, ["lr0", "finite"]), ({"momentum": 1.5}, ["momentum", "above 0 and below 1"]),
     ({"scale": 1.0}, ["scale", "below 1"]), ({"anchor_t": 1}, ["anchor_t"]), ({"degrees": -1}, ["degrees"]),
     ({"perspective": 0.1}, ["perspective", "0.001"]),
     ({1: 2}, ["1", "unknown key"]), ({"lr0": None}, ["lr0", "None"]), ({"lr0": [1]}, ["lr0", "[1]"]),

@@ -1,6 +1,7 @@
 """What is said of the processor, by files made up for it and beside PyTorch."""
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -38,9 +39,19 @@ def test_as_many_threads_as_pytorch():
 @pytest.mark.parametrize(("native", "name", "expected"), [
     (True, "auto", "bf16"), (False, "auto", "fp32"), (True, "fp32", "fp32"), (True, "bf16", "bf16"), (False, "bf16", "bf16")])  # fmt: skip
 def test_precision(native: bool, name: str, expected: str, monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "_cpu_flags", lambda: {"avx512_bf16"} if native else set())
+    monkeypatch.setattr(cpu, "_cpu_flags", lambda: {"avx512_bf16"} if native else {"avx2"})
     assert cpu.cpu_precision(name) == expected
     assert ("emulated" in capsys.readouterr().err) == (name == "bf16" and not native)
+
+
+@pytest.mark.parametrize(("limit", "used", "cached", "free"), [
+    ("max", 5, 0, 2**60), (2**30, 2**29, 2**20, 2**29 + 2**20), (2**62, 5, 0, 2**60), (2**30, 2**31, 0, 1)])  # fmt: skip
+def test_a_containers_limit(limit, used: int, cached: int, free: int, tmp_path: Path, monkeypatch):
+    for name, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", f"anon 1\ninactive_file {cached}")):
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(cpu, "_CGROUP", tmp_path)
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(f"MemTotal: 9 kB\nMemAvailable: {2**50} kB\n"))
+    assert cpu.free_memory_bytes() == free
 
 
 def test_no_fp16():

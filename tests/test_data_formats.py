@@ -87,9 +87,29 @@ def test_coco_names_are_taken_from_the_json_or_checked(coco):
         load(coco, YAML + "names: [dog, zebra, owl]\n")
 
 
+def test_coco_values_that_others_leave_out(coco):
+    content = json.loads((coco / "ann/train.json").read_text())
+    content["annotations"] = [{**content["annotations"][1], "area": None}]
+    (coco / "ann/train.json").write_text(json.dumps(content))
+    _, _, w, h = content["annotations"][0]["bbox"]
+    assert np.concatenate(load(coco, YAML).areas) == pytest.approx([w * h])
+    content["categories"][0]["id"] = "dog"
+    (coco / "ann/train.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"train\.json: categories\[0\]: id 'dog' is not a whole number"):
+        load(coco, YAML)
+
+
+def test_coco_jsons_that_each_count_from_one(coco):
+    (coco / "ann" / "more.json").write_text((coco / "ann" / "train.json").read_text().replace("sub/", "other/"))
+    for n in range(12):
+        image(coco / "pics" / "other" / f"{n}.png", 40 + n, 30)
+    split = load(coco, YAML.replace("ann/train.json", "[ann/train.json, ann/more.json]"))
+    assert len(set(split.image_ids)) == len(split.images) == 24
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"category_id": 3}, "category_id 3 is not among"), ({"image_id": 1}, "image_id 1 is not among"), ({"bbox": [1, 2, 3]}, "is not [x, y"),
-    ({"bbox": [1, 2, -3, 4]}, "negative"), ({"bbox": [float("nan"), 2, 3, 4]}, "not finite")])
+    ({"bbox": [1, 2, -3, 4]}, "negative"), ({"area": "large"}, "area 'large' is not a number"), ({"bbox": [float("nan"), 2, 3, 4]}, "not finite")])
 def test_coco_mistakes_name_the_annotation(coco, change, words):
     content = json.loads((coco / "ann/train.json").read_text())
     content["annotations"][7] |= change

@@ -128,7 +128,7 @@ def test_broken_image_is_warned_of_and_skipped(tmp_path, capsys):
 def test_nothing_readable(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jpg").write_bytes(b"nothing")
-    with open_source(str(tmp_path)) as source, pytest.raises(UserError, match="none of its 2 images"):
+    with open_source(str(tmp_path)) as source, pytest.raises(UserError, match="none of its 2 files"):
         list(source)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import model_yaml, tiny_model, train_flags
+from tiny import NAMES, model_yaml, tiny_model, train_flags
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -283,6 +283,13 @@ def test_resume_goes_on_where_last_pt_lies(flags: list[str], place: Path, capfd:
     assert len(rows(folder)) == 2
     shutil.copy(folder / "weights" / "last.pt", place / "copy.pt")
     assert "copy.pt: --resume goes on in the run's folder" in error_of(["--resume", str(place / "copy.pt"), "--epochs", "3"], capfd)
+
+
+def test_resume_with_other_classes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = run(train_flags(tmp_path), "--epochs", "1", name="named")
+    (yaml,) = tmp_path.glob("*data*.yaml")
+    yaml.write_text(yaml.read_text().replace(NAMES[0], "other"))
+    assert "has other classes now than when" in error_of(["--resume", str(folder / "weights" / "last.pt"), "--epochs", "2"], capfd)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import picture_split, tiny_model, train_flags
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import train
 from utils.checkpoint import load_checkpoint
 from utils.config import TrainConfig
+from utils.data.loader import EpochBatches
+from utils.device import select_device
 from utils.distributed import World, join_world
 from utils.errors import UserError
 from utils.files import ROOT
@@ -76,6 +79,52 @@ def test_a_single_process_has_no_group() -> None:
 def test_sync_bn_needs_cuda() -> None:
     with pytest.raises(UserError, match="--sync-bn needs CUDA"):
         World(0, 2).wrap(torch.nn.BatchNorm2d(2), CPU, sync_bn=True)
+
+
+def test_sync_bn_keeps_activations_or_refuses() -> None:
+    """A norm that is its activation, too, as timm's are."""
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.act = nn.ReLU()
+
+    with pytest.raises(UserError, match="--sync-bn: this backbone's norms compute its activations too"):
+        World(0, 2).wrap(nn.Sequential(NormAct()), torch.device("cuda"), sync_bn=True)
+
+
+def test_a_rectangular_batch_is_filled_up_with_its_own_kind() -> None:
+    """7 images in batches of 4: the last batch's filler has the last batch's shape."""
+    of_rank = [list(EpochBatches(np.arange(7), 4, shuffle="batches", rank=rank, world=2)) for rank in (0, 1)]
+    last = [batch for batches in of_rank for batch in batches if (0, 0) not in batch and (0, 1) not in batch]
+    assert sorted(index for batch in last for _, index in batch) == [4, 5, 6, 6]
+
+
+def test_the_first_process_goes_first() -> None:
+    calls: list[str] = []
+
+    class Told(World):
+        def share(self, value: object) -> object:
+            calls.append("told")
+            return value
+
+    for rank in (0, 1):
+        assert Told(rank, 2).first_alone(lambda: calls.append("made") or "own") == "own"
+    assert calls == ["made", "told", "told", "made"]
+
+
+@pytest.mark.parametrize(("asked", "rank", "processes", "expected"), [
+    ("", 1, 2, 1), ("0,1", 1, 2, 1), ("1,0", 1, 2, 0), ("", 0, 1, 0), ("1", 0, 1, 1), ("0", 1, 2, "names 1 for 2 processes"),
+    ("0,1", 0, 1, "use torchrun --nproc_per_node 2")])  # fmt: skip
+def test_each_process_has_a_gpu_of_its_own(asked: str, rank: int, processes: int, expected: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(rank)), monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if isinstance(expected, int):
+        assert select_device(asked) == torch.device("cuda", expected)
+    else:
+        with pytest.raises(UserError, match=expected):
+            select_device(asked)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")

@@ -323,6 +323,7 @@ def test_batch_that_fits_memory(tmp_path: Path) -> None:
         fit_batch(model, 1_000_000, 64, CPU, 1, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
         fit_batch(model, 5, 64, CPU, 2, images=10)
+    assert bytes_per_image(model, 64, CPU, torch.bfloat16) < 0.8 * each
 
 
 def test_image_chances():

@@ -12,6 +12,7 @@ from utils.log import warn
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
+_CGROUP = Path("/sys/fs/cgroup")
 _MOST_AT_ONCE = 4  # each image under way holds its own activations
 
 
@@ -101,9 +102,15 @@ def cpu_name() -> str:
 
 
 def free_memory_bytes() -> int:
-    """What the system can give without swapping; 0 where it does not tell."""
+    """What the system, and a container's limit, can give without swapping; 0 where it does not tell."""
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 0
+    try:  # a control group of version 2: what its files in the page cache take, it can give back
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = next(int(line.split()[1]) for line in (_CGROUP / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+    except (OSError, ValueError, StopIteration):  # none, or no limit ("max")
+        return available
+    return max(min(available, limit - used + cached), 1)

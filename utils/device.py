@@ -26,9 +26,15 @@ def select_device(name: str = "") -> torch.device:
     name = asked.removeprefix("cuda:").removeprefix("cuda")
     if not torch.cuda.is_available():
         raise UserError(f"--device {asked}: PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
+    rank, processes = (int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    if name and processes > 1:
+        names = name.split(",")
+        if len(names) != processes:
+            raise UserError(f"--device {name}: names {len(names)} for {processes} processes: one each, or leave it out")
+        name = names[rank]
     if "," in name:
         raise UserError(f"--device {name}: for several GPUs use torchrun --nproc_per_node {name.count(',') + 1} train.py …, with no --device")
-    index = int(os.environ.get("LOCAL_RANK", "0")) if name == "" else int(name) if name.isdecimal() else -1
+    index = rank if name == "" else int(name) if name.isdecimal() else -1
     count = torch.cuda.device_count()
     if not 0 <= index < count:
         raise UserError(f"--device {name or index}: there are {count} CUDA devices, 0 to {count - 1}; or use cpu")

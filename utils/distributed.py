@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -29,6 +29,12 @@ class World(NamedTuple):
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def first_alone(self, make: Callable[[], T]) -> T:
+        """What each process makes for itself, the first before the others: they find the files that it leaves."""
+        made = make() if self.rank == 0 else None
+        self.share(None)
+        return made if self.rank == 0 else make()
+
     def wrap(self, model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
         """Average gradients over the processes; buffers follow the first one.
 
@@ -43,6 +49,8 @@ class World(NamedTuple):
         if sync_bn:
             if device.type != "cuda":
                 raise UserError("--sync-bn needs CUDA devices: leave it out")
+            if any(isinstance(module, nn.BatchNorm2d) and [*module.children()] for module in model.modules()):
+                raise UserError("--sync-bn: this backbone's norms compute its activations too, which PyTorch's exchange would lose: leave it out")
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 

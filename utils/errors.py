@@ -69,8 +69,8 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
         except UserError as error:
             line = str(error)
         except KeyboardInterrupt:
-            line = ("interrupted: what was finished is whole on disk; train.py goes on with --resume, compare.py with the same command, "
-                    "prune.py with that, --exist-ok and its folder's --name")
+            line = ("interrupted: what was finished is whole on disk; train.py goes on with --resume (after its first epoch), compare.py with the "
+                    "same command, prune.py with that, --exist-ok and its folder's --name")
         except BrokenPipeError:  # `… | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

@@ -87,6 +87,9 @@ def read_coco_json(file: Path) -> dict[str, Any]:
             for n, item in enumerate(content[key]):
                 if not all(column in item for column in columns):
                     raise UserError(f"{file}: {key}[{n}] lacks one of {', '.join(columns)}")
+        for n, category in enumerate(content["categories"]):
+            if not isinstance(category["id"], int):
+                raise UserError(f"{file}: categories[{n}]: id {category['id']!r} is not a whole number")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can't be read as COCO JSON: {error}") from None
     except (KeyError, TypeError, AttributeError):
@@ -132,7 +135,7 @@ def _read_coco(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...
             rows.append((class_of[item["category_id"]], x + w / 2, y + h / 2, w, h))
             owner.append(index_of[item["image_id"]])
             crowd.append(bool(item.get("iscrowd", 0)))
-            areas.append(float(item.get("area", w * h)))
+            areas.append(float(w * h if item.get("area") is None else item["area"]))
             places.append(place)
     order = np.argsort(owner, kind="stable")
     raw.rows, raw.owner = np.array(rows, np.float64).reshape(-1, 5)[order], np.array(owner, np.int64)[order]
@@ -140,6 +143,8 @@ def _read_coco(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...
     raw.place = lambda row: places[order[row]]
     raw.frames = np.array(frames, np.float64).reshape(-1, 2)
     raw.unlabelled = len(raw.images) - len(set(owner))
+    if len({*raw.image_ids}) < len(raw.image_ids):  # several JSONs that each count from 1
+        raw.image_ids = None
     return raw
 
 
@@ -153,6 +158,8 @@ def _coco_mistake(item: dict[str, Any], class_of: dict[Any, int], index_of: dict
         return f"bbox {box!r} is not [x, y, width, height]"
     if not np.isfinite(box).all() or min(box[2:]) < 0:
         return f"bbox {box!r} has a negative or not finite number"
+    if not isinstance(item.get("area"), int | float | None):
+        return f"area {item['area']!r} is not a number"
     return None
 
 

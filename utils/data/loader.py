@@ -19,7 +19,7 @@ from utils.data.dataset import Key, collate
 class EpochBatches(Sampler[list[Key]]):
     """Batches of (epoch, index), in an order that depends on the seed and the epoch alone.
 
-    Each of `world` processes takes its share of every batch; a last batch that would not reach all of them is filled from the start.
+    Each of `world` processes takes its share of every batch; a last batch that would not reach all of them is filled up.
 
     Attributes:
         epoch: set before each pass.
@@ -48,7 +48,8 @@ class EpochBatches(Sampler[list[Key]]):
         elif self.shuffle == "images":
             order = rng.permutation(order)
         missing = -len(order) % self.world
-        order = np.concatenate((order, np.resize(order, missing)))
+        filling = order[-1:] if self.shuffle == "batches" else order  # rectangular: of the last batch's own shape
+        order = np.concatenate((order, np.resize(filling, missing)))
         starts = np.arange(len(self)) * self.batch_size
         if self.shuffle == "batches":
             starts = rng.permutation(starts)

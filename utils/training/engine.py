@@ -81,7 +81,7 @@ def _finite_parts(loss: Loss, names: tuple[str, ...], n: int) -> np.ndarray:
     if not np.isfinite(parts).all():
         named = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, parts, strict=True))
         raise UserError(f"the loss is not finite at batch {n} of this epoch ({named}): lower lr0 in --hyp, or try --precision fp32; "
-                        "last.pt holds the epoch before")
+                        "last.pt holds the epoch before, if there was one")
     return parts
 
 

@@ -74,7 +74,7 @@ class Training:
             distillation.student = self.quantization
         learner = distillation or self.quantization or model  # what has weights to move
         # Resumed, `model` arrives with the averaged weights: the average is copied from it here, before `_restore` brings the raw ones back.
-        optimizer = build_optimizer(learner, config.optimizer, hyp, config.batch_size)
+        optimizer = build_optimizer(learner, config.optimizer, hyp, config.batch_size, fused=self.dtype != torch.float16)
         self.sparsity = sparsity
         self.stepper = Stepper(model, optimizer, ModelEma(model), device, self.dtype, sparsity.slimming)
         self.network = world.wrap(learner, device, config.sync_bn)
@@ -259,7 +259,8 @@ class Training:
         if self.distillation:
             self.distillation.adapters.load_state_dict(state.adapters)
         load_optimizer(self.stepper.optimizer, state.optimizer)
-        self.stepper.scaler.load_state_dict(state.scaler)
+        if state.scaler:  # of fp16; empty where the run computed in something else so far
+            self.stepper.scaler.load_state_dict(state.scaler)
         if self.world.rank == 0:
             remove_leftovers(self.run_dir)
             remove_leftovers(self.run_dir / "weights")

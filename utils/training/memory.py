@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cpu import free_memory_bytes
+from utils.device import autocast
 from utils.errors import UserError
 from utils.log import info
 
@@ -16,7 +17,7 @@ _OVERHEAD = 1.35  # gradients and workspace that live beside the saved activatio
 _LARGEST = 512
 
 
-def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device) -> int:
+def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
     """What autograd keeps for one image's backward pass, with an allowance for what lives beside it. The model is left as it was."""
     probe = copy.deepcopy(model).train()
     kept: dict[int, int] = {}
@@ -27,15 +28,20 @@ def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device) -> int:
         return tensor
 
     images = torch.full((_PROBE_IMAGES, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
         outputs = probe(images)
     weights = sum(p.untyped_storage().nbytes() for p in probe.parameters())
     maps = sum(o.numel() * o.element_size() for o in outputs)
     return max(int((sum(kept.values()) + maps - weights) / _PROBE_IMAGES * _OVERHEAD), 1)
 
 
-def fit_batch(model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world_size: int, images: int) -> int:
+def fit_batch(
+    model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world_size: int, images: int, dtype: torch.dtype = torch.float32
+) -> int:
     """`batch_size` (over all processes), or for -1 the largest that fits in memory, at most the set's own number of images.
+
+    Args:
+        dtype: that convolutions will run in.
 
     Raises:
         UserError: the batch does not fit, or can't be shared out evenly; the line says which would.
@@ -44,7 +50,7 @@ def fit_batch(model: nn.Module, batch_size: int, imgsz: int, device: torch.devic
         raise UserError(f"--batch-size {batch_size} counts the images of all {world_size} processes: use a multiple of {world_size}")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world_size
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
-    each = bytes_per_image(model, imgsz, device)
+    each = bytes_per_image(model, imgsz, device, dtype)
     fits = max(int((free * _USABLE - state) / each), 0) * world_size if free else _LARGEST
     if batch_size == -1:
         batch_size = max(min(fits, _LARGEST, images) // world_size, 1) * world_size

@@ -26,8 +26,12 @@ def freeze_rows(model: nn.Module, freeze: tuple[int, ...]) -> None:
         raise UserError(f"--freeze {' '.join(map(str, freeze))}: leaves nothing to train")
 
 
-def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int, fused: bool = True) -> torch.optim.Optimizer:
     """SGD (Nesterov), Adam or AdamW over biases, weights (decayed) and the rest (norms), in this order.
+
+    Args:
+        fused: one kernel for all weights; not with fp16's scaler, as PyTorch's fused SGD whose first step is skipped goes on from momentum that
+            was never filled.
 
     The decay is for a batch of NOMINAL_BATCH: it scales with the batch that accumulation really reaches.
     """
@@ -38,9 +42,9 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int) -> t
     decay = hyp.weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
     groups = [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True, fused=True)
+        return torch.optim.SGD(groups, lr=hyp.lr0, momentum=hyp.momentum, nesterov=True, fused=fused)
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
-    return cls(groups, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=True)
+    return cls(groups, lr=hyp.lr0, betas=(hyp.momentum, 0.999), fused=fused)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
