@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
     from utils.training.qat import to_fine_tune
-    from utils.training.runs import create_folder, new_run, resumed_run
+    from utils.training.runs import create_folder, discarded_if_refused, new_run, resumed_run
     from utils.training.sparsity import Sparsity, build_sparsity
 
     run = resumed_run(given) if "resume" in given else new_run(given)
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         run = dataclasses.replace(run, config=config, folder=folder)
-        training = Training(model, run, train_split, val_split, device, world, distillation, sparsity)
+        with discarded_if_refused(folder):
+            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()
         training.run()

@@ -172,6 +172,9 @@ def test_more_images_than_memory_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"--cache ram: the images take 0\.0 GB.*--cache auto or disk"):
         ImageCache(sizes, "ram", 0)
     assert ImageCache(sizes, "auto", 0).capacity == 0
+    monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 2**40)
+    with pytest.raises(UserError, match=r"0\.0 GB are free"):  # the free memory is another cache's already
+        ImageCache(sizes, "ram", 0, room_bytes=0)
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 0)  # a system that does not tell
     assert ImageCache(sizes, "ram", 0).capacity == 1
 

@@ -24,13 +24,16 @@ class ImageCache:
     Two that fill one slot at a time write the same bytes.
     """
 
-    def __init__(self, sizes: np.ndarray, mode: CacheMode, budget_bytes: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, sizes: np.ndarray, mode: CacheMode, budget_bytes: int, folder: Path | None = None, room_bytes: int | None = None
+    ) -> None:
         """
         Args:
             sizes: (N, 2) width, height of each image as it will be stored.
             mode: auto takes as many images as the budget holds; ram and disk take all.
             budget_bytes: for auto.
             folder: of the disk file; the system's temporary folder if None.
+            room_bytes: for ram, where others (caches that are yet to be filled, other processes) need some of the free memory; all of it if None.
 
         Raises:
             UserError: ram is asked for and too little is free.
@@ -43,9 +46,10 @@ class ImageCache:
         self.capacity = 0 if mode == "none" else int((ends <= budget_bytes).sum()) if mode == "auto" else len(sizes)
         self._starts = ends - lengths
         total = int(ends[self.capacity - 1]) if self.capacity else 0
-        if mode == "ram" and 0 < free_memory_bytes() < total:
-            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {free_memory_bytes() / 2**30:.1f} GB are free: "
-                            "use --cache auto or disk")
+        free = free_memory_bytes()
+        room = free if room_bytes is None else room_bytes
+        if mode == "ram" and free and room < total:
+            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {max(room, 0) / 2**30:.1f} GB are free: use --cache auto or disk")
         self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
         self._pixels = _block(total, on_disk=mode == "disk", folder=folder)
 

@@ -138,9 +138,9 @@ class Training:
     def _load_data(self) -> None:
         config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
-        budget = free_memory_bytes() // 2 // self.world.size
+        room = free_memory_bytes() // self.world.size
         sizes = scaled_sizes(self.train_split, config.imgsz)
-        cache = ImageCache(sizes, config.cache, budget, self.run_dir)
+        cache = ImageCache(sizes, config.cache, room // 2, self.run_dir, room)
         if config.rect:
             targets = rect_targets(self.train_split, config.imgsz, stride, config.batch_size, pad=0.0)
             train_set = RectDataset(self.train_split, config.imgsz, cache, targets, self.hyp, config.seed)
@@ -152,7 +152,7 @@ class Training:
         self.train_loader = make_loader(train_set, self.batches, workers, pin)
         if self.world.rank == 0:
             self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size, stride, config.workers, self.device, config.cache,
-                                         max(budget - cache.bytes, 0))
+                                         max(room // 2 - cache.bytes, 0), room - cache.bytes)
 
     def train_one_epoch(self, epoch: int, eta: str = "") -> EpochResult:
         """One pass over the training split; the caller counts epochs, validates and saves."""

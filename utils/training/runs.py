@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,17 @@ def resumed_run(given: dict[str, Any]) -> Run:
     state.finished = False
     info(f"going on with {last} after epoch {state.epoch} of {config.epochs}")
     return Run(config, hyp_from_dict(state.hyp, str(last)), folder.parent, checkpoint, state)
+
+
+@contextmanager
+def discarded_if_refused(folder: Path) -> Iterator[None]:
+    """A mistake that shows only now leaves no folder behind, unless it holds more than `create_folder` has put there."""
+    try:
+        yield
+    except UserError:
+        if {path.name for path in folder.iterdir()} <= {"opt.yaml", "hyp.yaml"}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def create_folder(run: Run, config: TrainConfig) -> Path:
