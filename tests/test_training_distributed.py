@@ -26,6 +26,7 @@ from utils.network import to_input
 from utils.training.distill import build_distillation
 from utils.training.fit import Training
 from utils.training.runs import Run
+from utils.training.state import TrainState
 
 CPU = torch.device("cpu")
 IMAGES = 7  # odd: the last batch is filled up, so that both processes get as many
@@ -74,6 +75,18 @@ def test_a_single_process_has_no_group() -> None:
         assert world == World(0, 1) and world.share("own") == "own"
         model = torch.nn.Linear(1, 1)
         assert world.wrap(model, CPU, sync_bn=True) is model
+
+
+def test_a_run_goes_on_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device where auto is fp16: no fused step beside its scaler, which the run had no need of so far."""
+    before = new_training(tmp_path / "before", World())
+    before._save()
+    state = TrainState.from_dict(load_checkpoint(tmp_path / "before" / "weights" / "last.pt").training, "last.pt")
+    monkeypatch.setattr("utils.training.fit.compute_dtype", lambda *_: torch.float16)
+    after = new_training(tmp_path / "after", World())
+    after._restore(state)
+    assert after.stepper.scaler.is_enabled() and state.scaler == {}
+    assert (before.stepper.optimizer.defaults["fused"], after.stepper.optimizer.defaults["fused"]) == (True, False)
 
 
 def test_sync_bn_needs_cuda() -> None:
