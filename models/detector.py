@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.weights import OpenWeights, open_weights
 from utils.config import DetectConfig
 from utils.cpu import PrecisionName
@@ -42,7 +44,7 @@ class Detector:
     def __init__(
         self,
         weights: str | Path | OpenWeights,
-        device: str = "",
+        device: str | int | torch.device = "",
         precision: PrecisionName = "auto",
         data: str = "",
         augment: bool = False,
@@ -60,7 +62,7 @@ class Detector:
             UserError: no such file, not a whole one, or not for this device.
         """
         if not isinstance(weights, OpenWeights):
-            weights = open_weights(str(weights), device, precision, data, at_once=callers)
+            weights = open_weights(str(weights), str(device), precision, data, at_once=callers)
         self.weights = dataclasses.replace(weights, network=Augmented(weights.network)) if augment else weights
         self.names = self.weights.names
 

@@ -24,7 +24,7 @@ from utils.plots.cost import draw_row_costs
 
 _ROUNDS = 20
 _BUDGET_S = 20.0  # of one runtime and batch size, all networks together, if three rounds fit into it
-_SLOWEST_S = 1.0  # a batch that takes longer is not measured: it would take the machine from all the others
+_SLOWEST_S = 2.0  # a batch that takes longer is not measured: it would take the machine from all the others
 
 
 def build(cfg: str, names: Sequence[str]) -> DetectionModel:
@@ -79,8 +79,8 @@ def measure_latencies(
                 except UserError as error:
                     profiles[name].problems.append(f"batch {batch}: {error}")
             if runs:
-                timings = time_interleaved(runs, _ROUNDS, budget_s=_BUDGET_S, warm_ups=0, reference=reference_convolution(device),
-                                           title=f"{runtime.name} b{batch}")  # preparing ran them once
+                timings = time_interleaved(runs, _ROUNDS, budget_s=_BUDGET_S, reference=reference_convolution(device),
+                                           title=f"{runtime.name} b{batch}")
                 for name, latency in timings.latencies.items():
                     profiles[name].latency[runtime.name, batch] = latency
                 if timings.noisy:

@@ -5,12 +5,13 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from models.yolo import DetectionModel, model_from_checkpoint
 from utils.checkpoint import find_checkpoint, load_checkpoint
+from utils.config import PRECISIONS
 from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
 from utils.errors import UserError
@@ -101,8 +102,8 @@ def open_weights(
     Raises:
         UserError: no such file, not a whole one, or not for this device.
     """
-    if precision not in get_args(PrecisionName):
-        raise UserError(f"precision {precision!r}: one of {', '.join(get_args(PrecisionName))}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     if is_exported(weights):
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)

@@ -92,7 +92,7 @@ def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkey
     assert bad.problem == "bad.onnx: other outputs" and bad.latency is None and best.latency.runs >= 3
 
 
-@pytest.mark.parametrize("flags", [["--runtimes", "openvino"], ["--layers"], ["--cfg", "a.yaml", "--seeds", "1"]])
+@pytest.mark.parametrize("flags", [["--runtimes", "openvino"], ["--device", "0"], ["--layers"], ["--cfg", "a.yaml", "--seeds", "1"]])
 def test_flags_that_formats_have_no_use_for(flags: list[str], tmp_path: Path, capsys):
     assert compare.main(["--formats", "best.pt", *flags]) == 2
     assert f"leave out {flags[0]}" in capsys.readouterr().err

@@ -42,6 +42,8 @@ def test_precision(native: bool, name: str, expected: str, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_cpu_flags", lambda: {"avx512_bf16"} if native else {"avx2"})
     assert cpu.cpu_precision(name) == expected
     assert ("emulated" in capsys.readouterr().err) == (name == "bf16" and not native)
+    monkeypatch.setattr(cpu, "_cpu_flags", set)  # a system that does not tell
+    assert cpu.cpu_precision(name) == ("bf16" if name == "bf16" else "fp32") and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("limit", "used", "cached", "free"), [

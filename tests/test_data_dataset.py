@@ -16,7 +16,7 @@ from utils.config import ValConfig
 from utils.cpu import free_memory_bytes
 from utils.data import imagecache
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
-from utils.data.imagecache import ImageCache
+from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
 from utils.data.loader import EpochBatches, make_loader
 from utils.data.open import open_splits, val_loader
@@ -35,7 +35,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def cache_of(split: Split, mode: str = "none", budget: int = 0, folder: Path | None = None) -> ImageCache:
-    return ImageCache(scaled_sizes(split, IMGSZ), mode, budget, folder)
+    return ImageCache(scaled_sizes(split, IMGSZ), mode, budget if mode == "auto" else 2**40, folder)
 
 
 def training_set(split: Split, hyp: Hyp = EVERYTHING, cache: ImageCache | None = None, seed: int = 0) -> TrainDataset:
@@ -170,13 +170,15 @@ def test_more_images_than_memory_are_refused(monkeypatch):
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 3 * 100 * 80 - 1)
     sizes = np.array([[100, 80]])
     with pytest.raises(UserError, match=r"--cache ram: the images take 0\.0 GB.*--cache auto or disk"):
-        ImageCache(sizes, "ram", 0)
-    assert ImageCache(sizes, "auto", 0).capacity == 0
-    monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 2**40)
-    with pytest.raises(UserError, match=r"0\.0 GB are free"):  # the free memory is another cache's already
-        ImageCache(sizes, "ram", 0, room_bytes=0)
+        ImageCache(sizes, "ram", memory_limit("ram", 1))
+    assert ImageCache(sizes, "auto", memory_limit("auto", 1)).capacity == 0
+    monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 3 * 100 * 80 * 2)
+    assert ImageCache(sizes, "ram", memory_limit("ram", 2)).capacity == ImageCache(sizes, "auto", memory_limit("auto", 1)).capacity == 1
+    assert ImageCache(sizes, "auto", memory_limit("auto", 2)).capacity == 0
+    with pytest.raises(UserError, match=r"0\.0 GB are free"):
+        ImageCache(sizes, "ram", memory_limit("ram", 3))
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 0)  # a system that does not tell
-    assert ImageCache(sizes, "ram", 0).capacity == 1
+    assert ImageCache(sizes, "ram", memory_limit("ram", 2)).capacity == 1 and ImageCache(sizes, "auto", memory_limit("auto", 1)).capacity == 0
 
 
 @pytest.mark.parametrize("mode", ["ram", "disk"])

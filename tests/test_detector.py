@@ -25,7 +25,6 @@ from utils.deploy.results import Result
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
 from utils.evaluate.output import yolo_lines
-from utils.export.weights import check_cpu
 
 SIZES = [(64, 64), (90, 40), (40, 90), (33, 31)]
 KINDS = {"pt": "tiny.pt", "onnx": "tiny.onnx", "openvino": "tiny_openvino_model"}
@@ -305,9 +304,10 @@ def test_settings_of_other_number_types(detector, files):
 
 def test_devices_and_precisions(place):
     assert Detector(place / "tiny.pt", torch.device("cpu")).weights.device == torch.device("cpu")
-    assert check_cpu(torch.device("cpu"), "best.onnx") is None
     with pytest.raises(UserError, match=r"--device 0: best\.onnx runs on the CPU"):
-        check_cpu(0, "best.onnx")
+        Detector("best.onnx", 0)
+    with pytest.raises(UserError, match=r"best\.onnx: no such"):
+        Detector("best.onnx", torch.device("cpu"))
     with pytest.raises(UserError, match="precision 'half': one of auto, fp32, bf16, fp16"):
         Detector(place / "tiny.pt", precision="half")
 

@@ -255,6 +255,7 @@ def test_named_networks(place, tmp_path, monkeypatch):
     model = hubconf.yolov5n(pretrained=False, classes=3, device="cpu", _verbose=False)
     assert model.names == {0: "0", 1: "1", 2: "2"} and model(np.zeros((32, 32, 3), np.uint8), size=32).n == 1
     assert sum(p.numel() for p in hubconf.yolov5n(pretrained=False, autoshape=False, device="cpu").parameters()) == 1_872_157
+    assert sum(p.numel() for p in hubconf.yolov5n6(pretrained=False, autoshape=False, device="cpu").parameters()) == 3_246_940
     (tmp_path / "yolov5n.pt").write_bytes((place / "tiny.pt").read_bytes())
     assert hubconf.yolov5n(device="cpu", _verbose=False).names == {0: "red", 1: "green"}
     assert {f"yolov5{size}{kind}" for size in "nsmlx" for kind in ("", "6")} <= set(dir(hubconf)) and "pretrained" in hubconf.yolov5x.__doc__

@@ -66,12 +66,6 @@ def test_the_warm_up_does_not_count():
     assert timings.latencies["a"] == pytest.approx((1000, 1000, 0, 3))
 
 
-def test_what_has_just_run_needs_no_warm_up():
-    machine = Machine()
-    time_interleaved({"a": machine.work("a")}, 3, warm_ups=0, reference=machine.work("reference"), clock=machine.clock)
-    assert sorted(machine.calls) == ["a"] * 3 + ["reference"] * 3
-
-
 def test_a_machine_that_slows_down_slows_all_of_them():
     half = 2 * 24 + 5 * 24  # two warm-ups and half of the ten rounds, 24 s each
     timings = Machine(lambda now: 1.0 if now < half else 3.0).time({"small": 4, "large": 12}, rounds=10, reference=8)

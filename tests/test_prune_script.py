@@ -177,10 +177,12 @@ def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("models.prune.latency_share", latency_share)
     search = ["--target-latency", "0.7", "--name", "latency", "--noplots"]
     assert run(place, *search, "--candidates", "1") == 0
-    count = len(asked)
+    count, file = len(asked), place / "runs" / "latency" / "candidates.json"
+    before = json.loads(file.read_text())["measured"]
     assert run(place, *search, "--candidates", "2", "--exist-ok") == 0
-    assert count > 2 and len(asked) <= count + 2  # whether it can be reached, and the new candidate if it is the better one
-    content = json.loads((place / "runs" / "latency" / "candidates.json").read_text())
+    content = json.loads(file.read_text())
+    assert before.items() <= content["measured"].items() and "latency of 0" in before
+    assert count > 2 and len(asked) == count + 1 + len(content["measured"]) - len(before)  # whether it can be reached, and what is new
     assert all(candidate["costs"]["flops"] <= content["measured"]["flops"] < 0.7 for candidate in content["candidates"])
 
 

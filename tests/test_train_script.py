@@ -287,8 +287,7 @@ def test_resume_goes_on_where_last_pt_lies(flags: list[str], place: Path, capfd:
 
 def test_a_mistake_that_shows_late_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = train_flags(tmp_path)
-    monkeypatch.setattr("utils.data.imagecache.free_memory_bytes", lambda: 2**30)
-    monkeypatch.setattr("utils.training.fit.free_memory_bytes", lambda: 2**10)
+    monkeypatch.setattr("utils.data.imagecache.free_memory_bytes", lambda: 2**10)
     assert "--cache ram: the images take" in error_of([*flags, "--cache", "ram"], capfd)
     assert not (tmp_path / "runs" / "exp").exists()
 

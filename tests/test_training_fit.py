@@ -326,6 +326,16 @@ def test_batch_that_fits_memory(tmp_path: Path) -> None:
     assert bytes_per_image(model, 64, CPU, torch.bfloat16) < 0.8 * each
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_no_part_of_an_image(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would count less, the more images there are. Wide, so that they weigh."""
+    model, found = tiny_model(tmp_path, width=64), []
+    for images in (2, 16):
+        monkeypatch.setattr("utils.training.memory._PROBE_IMAGES", images)
+        found.append(bytes_per_image(model, 64, CPU, dtype))
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_image_chances():
     """By hand, and the same however many images like these there are."""
     empty, reds, green = np.zeros((0, 5)), np.zeros((3, 5)), np.array([[1.0, 0, 0, 0, 0]])

@@ -42,7 +42,7 @@ def exact_convolutions() -> Iterator[None]:
 
 def some_batch(folder: Path, pin: bool = False, workers: int = 0) -> Batch:
     split = picture_split(folder, [(64, 64)] * 6)
-    dataset = TrainDataset(split, 64, Hyp(), ImageCache(scaled_sizes(split, 64), "ram", 0))
+    dataset = TrainDataset(split, 64, Hyp(), ImageCache(scaled_sizes(split, 64), "ram", 2**30))
     return next(iter(make_loader(dataset, EpochBatches(np.arange(6), 6), workers, pin)))
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from utils.cpu import PrecisionName
 from utils.flags import NOT_NEGATIVE, POSITIVE, UNIT, Check, option
 
 PERIOD: Check = (lambda v: v > 0 or v == -1, "must be above 0, or -1 for never")
@@ -19,7 +20,7 @@ SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
 SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
 DEFAULT_IMGSZ = 640
 _OWN_SIZE = f"the one that the weights were trained at, {DEFAULT_IMGSZ} where they don't say"
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = get_args(PrecisionName)
 
 
 def _imgsz() -> Any:

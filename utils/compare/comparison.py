@@ -143,7 +143,7 @@ class Comparison:
         return results
 
     def measure(self) -> None:
-        """Latency of all networks side by side; a report after each runtime but the last."""
+        """Latency of all networks side by side; the tables after each runtime but the last."""
         if not self.models:
             return
         profiles = {name: self.rows[name].profile for name in self.models}
@@ -151,7 +151,7 @@ class Comparison:
         for n, remarks in enumerate(measured, 1):
             self.remarks += remarks
             if n < len(self.runtimes):
-                self.report()
+                self.report(pictures=False)
         for name, profile in profiles.items():
             self.rows[name].problems += profile.problems
 
@@ -162,7 +162,7 @@ class Comparison:
                 out = None if self.config.noplots else self.folder / f"layers-{name}.png"
                 info(f"\n{name}\n{self.networks.draw_rows(model, model.whole_strides(self.config.imgsz), self.device, self.dtype, out)}")
 
-    def report(self) -> None:
+    def report(self, pictures: bool = True) -> None:
         """Tables and pictures of what is known by now."""
         config = self.config
         notes = [f"costs at {config.imgsz} px on {machine(self.device)}: parameters, GFLOPs and file as trained; "
@@ -175,7 +175,7 @@ class Comparison:
             notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
         write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, notes + self.remarks,
-                     pictures=not config.noplots)
+                     pictures=pictures and not config.noplots)
 
 
 def _weights(row: Row) -> Path:

@@ -33,7 +33,7 @@ from utils.runner import Runner
 _ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
 _STARTS = 4  # of which the first, that fills the page cache, does not count
 _VAL_BATCH = 32
-_IDLE = ("cfg", "weights", "epochs", "budget_minutes", "seeds", "hyp", "batches", "runtimes", "layers", "precision")
+_IDLE = ("cfg", "weights", "epochs", "budget_minutes", "seeds", "hyp", "batches", "runtimes", "layers", "device", "precision")
 
 
 class OpenWeights(Protocol):
@@ -105,7 +105,8 @@ class FormatComparison:
     def __init__(self, config: CompareConfig, open_weights: Open) -> None:
         self.config, self._open_weights = config, open_weights
         plain = CompareConfig()
-        if idle := [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) != getattr(plain, name)]:
+        idle = [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) not in (getattr(plain, name), "cpu")]
+        if idle:
             raise UserError(f"--formats compares one checkpoint's files, on the CPU: leave out {' '.join(idle)}")
         self.weights = find_file(config.formats, [ROOT], "weights file")
         self.rows = find_formats(self.weights)

@@ -17,7 +17,7 @@ from utils.files import ROOT
 from utils.hyp import Hyp
 
 _ENDLESS = 100_000  # epochs, where time is the limit
-_GRACE_S = 10.0
+_GRACE_S = 10.0  # for a training that was interrupted to end by itself
 _ANEW = ("device", "workers", "data_root")  # what may differ from sitting to sitting
 _PASSED_ON = ("data", "imgsz", "batch_size", "hyp", "precision", "plugin", *_ANEW)
 

@@ -71,12 +71,12 @@ class Quantization:
         info(f"int8: {self.weights.name}{tuned} to {self.kind.name}, calibrated on {len(self.images)} training images of "
              f"{' x '.join(map(str, self.job.metadata.imgsz))} px; {machine(_CPU)}; the processor has {cpu_int8()}")
         pytorch = self.score(self.network)  # first: its loader's workers must not be forked beside another runtime's threads
+        if not pytorch.map:
+            raise UserError(f"{self.weights}: finds nothing on the val images of {config.data}, so that int8 can't be judged: train it first, or "
+                            "check --data")
         with TemporaryDirectory() as folder:
             files = Int8Files(self.job, self.kind, self.images, Path(folder), self._ranges())
             reference = self.score(open_network(files.float_path))
-            if not reference.map:
-                raise UserError(f"{self.weights}: the float file finds nothing on the val images of {config.data}, so that int8 can't be judged: "
-                                "train it first, or check --data")
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})

@@ -88,7 +88,7 @@ def read_coco_json(file: Path) -> dict[str, Any]:
                 if not all(column in item for column in columns):
                     raise UserError(f"{file}: {key}[{n}] lacks one of {', '.join(columns)}")
         for n, category in enumerate(content["categories"]):
-            if not isinstance(category["id"], int):
+            if not isinstance(category["id"], int | float) or category["id"] % 1:
                 raise UserError(f"{file}: categories[{n}]: id {category['id']!r} is not a whole number")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can't be read as COCO JSON: {error}") from None

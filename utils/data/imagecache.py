@@ -4,6 +4,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,32 +25,27 @@ class ImageCache:
     Two that fill one slot at a time write the same bytes.
     """
 
-    def __init__(
-        self, sizes: np.ndarray, mode: CacheMode, budget_bytes: int, folder: Path | None = None, room_bytes: int | None = None
-    ) -> None:
+    def __init__(self, sizes: np.ndarray, mode: CacheMode, limit_bytes: int, folder: Path | None = None) -> None:
         """
         Args:
             sizes: (N, 2) width, height of each image as it will be stored.
-            mode: auto takes as many images as the budget holds; ram and disk take all.
-            budget_bytes: for auto.
+            mode: auto takes as many images as the limit allows; ram and disk take all.
+            limit_bytes: of memory (`memory_limit`).
             folder: of the disk file; the system's temporary folder if None.
-            room_bytes: for ram, where others (caches that are yet to be filled, other processes) need some of the free memory; all of it if None.
 
         Raises:
-            UserError: ram is asked for and too little is free.
+            UserError: ram is asked for, and all images take more than the limit.
         """
         if "fork" not in multiprocessing.get_all_start_methods():
             mode = "none"  # a worker that is not forked would get a copy of its own
         self._sizes = sizes
         lengths = sizes.astype(np.int64).prod(1) * 3
         ends = lengths.cumsum()
-        self.capacity = 0 if mode == "none" else int((ends <= budget_bytes).sum()) if mode == "auto" else len(sizes)
+        self.capacity = 0 if mode == "none" else int((ends <= limit_bytes).sum()) if mode == "auto" else len(sizes)
         self._starts = ends - lengths
         total = int(ends[self.capacity - 1]) if self.capacity else 0
-        free = free_memory_bytes()
-        room = free if room_bytes is None else room_bytes
-        if mode == "ram" and free and room < total:
-            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {max(room, 0) / 2**30:.1f} GB are free: use --cache auto or disk")
+        if mode == "ram" and limit_bytes < total:
+            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {limit_bytes / 2**30:.1f} GB are free: use --cache auto or disk")
         self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
         self._pixels = _block(total, on_disk=mode == "disk", folder=folder)
 
@@ -68,6 +64,12 @@ class ImageCache:
             slot[:] = read()
             self._filled[index] = 1
         return slot
+
+
+def memory_limit(mode: CacheMode, processes: int) -> int:
+    """Bytes that the caches of one of so many processes may take together: half of what is free with auto, else all of it."""
+    free = free_memory_bytes() // processes
+    return free // 2 if mode == "auto" else free or sys.maxsize  # where the system does not tell
 
 
 def _block(size: int, on_disk: bool, folder: Path | None) -> np.ndarray:

@@ -50,7 +50,7 @@ class Format:
     packages: that write and check it.
     suffix: of its file's name, after that of the checkpoint.
     is_folder: of several files.
-    write: makes the file, or the files in a folder that is there.
+    write: makes the file, or the files in a folder that is there; None where it is written `elsewhere` only.
     suppresses: can hold non-maximum suppression in its graph.
     elsewhere: why it is not written here, and the way there.
     """
@@ -59,7 +59,7 @@ class Format:
     packages: tuple[str, ...]
     suffix: str
     is_folder: bool
-    write: Callable[[ExportJob, Path], None]
+    write: Callable[[ExportJob, Path], None] | None
     suppresses: bool = False
     elsewhere: str = ""
 
@@ -124,7 +124,7 @@ def choose_formats(asked: Sequence[str]) -> list[Format]:
     Raises:
         UserError: no such format.
     """
-    known = FORMATS | {name: Format(name, (), f".{name}", False, write_onnx, elsewhere=reason) for name, reason in _ELSEWHERE.items()}
+    known = FORMATS | {name: Format(name, (), f".{name}", False, None, elsewhere=reason) for name, reason in _ELSEWHERE.items()}
     for name in asked:
         if name not in known:
             raise UserError(f"--include {name}: no such format{did_you_mean(name, known)}; there are {', '.join(FORMATS)}")

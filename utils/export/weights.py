@@ -101,5 +101,5 @@ def open_exported(
 
 def check_cpu(device: str, weights: str) -> None:
     """Raises UserError where an exported file is asked to run elsewhere."""
-    if str(device).strip().lower() not in ("", "cpu"):
+    if device.strip().lower() not in ("", "cpu"):
         raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")

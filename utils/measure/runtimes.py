@@ -62,6 +62,8 @@ class Runtime:
         Raises:
             UserError: this network does not run in it, and why.
         """
+        if reason := self.missing(asked=True, device=images.device):
+            raise UserError(reason)
         try:
             network = network.to(images.device, memory_format=torch.channels_last)
             run = self.make(network, images)

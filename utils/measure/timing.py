@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from utils.log import is_main_process
 
+_WARM_UPS = 2
 _LEAST_ROUNDS = 3
 _NOISY = 0.15  # networks that differ by less than so much could not be ranked
 
@@ -71,7 +72,6 @@ def time_interleaved(
     rounds: int,
     *,
     budget_s: float = math.inf,
-    warm_ups: int = 2,
     reference: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     title: str = "timing",
@@ -85,17 +85,16 @@ def time_interleaved(
         runs: each is done when it returns.
         rounds: at most; 3 or more.
         budget_s: no further round begins that would probably end after so many seconds, warm-up included; but 3 are always run.
-        warm_ups: runs of each before the first round.
         reference: a workload that is always the same; None: `reference_convolution` on the CPU.
     """
     if rounds < _LEAST_ROUNDS:
         raise ValueError(f"{rounds} rounds say nothing of the spread: take {_LEAST_ROUNDS} or more")
     works = [reference or reference_convolution(), *runs.values()]
     seconds: list[list[float]] = [[] for _ in works]
-    bar = tqdm(total=len(works) * (warm_ups + rounds), desc=title, leave=False, dynamic_ncols=True, disable=not is_main_process())
+    bar = tqdm(total=len(works) * (_WARM_UPS + rounds), desc=title, leave=False, dynamic_ncols=True, disable=not is_main_process())
     with bar, _no_garbage_collection():
         start = clock()
-        for _ in range(warm_ups):
+        for _ in range(_WARM_UPS):
             for work in works:
                 work()
                 bar.update()

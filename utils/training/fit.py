@@ -15,9 +15,8 @@ import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
 from utils.compress.rounding import rounded
-from utils.cpu import free_memory_bytes
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
-from utils.data.imagecache import ImageCache
+from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
 from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import val_loader
@@ -138,9 +137,9 @@ class Training:
     def _load_data(self) -> None:
         config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
-        room = free_memory_bytes() // self.world.size
+        limit = memory_limit(config.cache, self.world.size)
         sizes = scaled_sizes(self.train_split, config.imgsz)
-        cache = ImageCache(sizes, config.cache, room // 2, self.run_dir, room)
+        cache = ImageCache(sizes, config.cache, limit, self.run_dir)
         if config.rect:
             targets = rect_targets(self.train_split, config.imgsz, stride, config.batch_size, pad=0.0)
             train_set = RectDataset(self.train_split, config.imgsz, cache, targets, self.hyp, config.seed)
@@ -152,7 +151,7 @@ class Training:
         self.train_loader = make_loader(train_set, self.batches, workers, pin)
         if self.world.rank == 0:
             self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size, stride, config.workers, self.device, config.cache,
-                                         max(room // 2 - cache.bytes, 0), room - cache.bytes)
+                                         max(limit - cache.bytes, 0))
 
     def train_one_epoch(self, epoch: int, eta: str = "") -> EpochResult:
         """One pass over the training split; the caller counts epochs, validates and saves."""

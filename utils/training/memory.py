@@ -30,9 +30,12 @@ def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device, dtype: t
     images = torch.full((_PROBE_IMAGES, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
         outputs = probe(images)
-    weights = sum(p.untyped_storage().nbytes() for p in probe.parameters())
+    own = {p.untyped_storage().data_ptr() for p in probe.parameters()}
+    # Autocast keeps its copies of the weights once, however many images there are.
+    copies = 0 if dtype == torch.float32 else sum(p.numel() * dtype.itemsize for p in probe.parameters() if p.ndim > 1)
     maps = sum(o.numel() * o.element_size() for o in outputs)
-    return max(int((sum(kept.values()) + maps - weights) / _PROBE_IMAGES * _OVERHEAD), 1)
+    saved = sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
+    return max(int((saved + maps - copies) / _PROBE_IMAGES * _OVERHEAD), 1)
 
 
 def fit_batch(

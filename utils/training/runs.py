@@ -105,11 +105,14 @@ def resumed_run(given: dict[str, Any]) -> Run:
 
 @contextmanager
 def discarded_if_refused(folder: Path) -> Iterator[None]:
-    """A mistake that shows only now leaves no folder behind, unless it holds more than `create_folder` has put there."""
+    """A mistake that shows only now leaves no folder behind, unless it holds more than `create_folder` has put there.
+
+    Several processes may do so at once.
+    """
     try:
         yield
     except UserError:
-        if {path.name for path in folder.iterdir()} <= {"opt.yaml", "hyp.yaml"}:
+        if {path.name for path in folder.glob("*")} <= {"opt.yaml", "hyp.yaml"}:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
