@@ -7,30 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from exporting import assert_exports, job_of
 from tiny import ANCHORS, lively, tiny_model
 from torch import Tensor
 
-import export
-from models.spec import load_spec
 from models.weights import open_weights
 from models.yolo import DetectionModel
-from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.export import backends
 from utils.export.backends import find_exported, is_exported, open_network
 from utils.export.check import check_images
-from utils.export.formats import FORMATS, ExportJob
-from utils.export.metadata import KEY, ExportMetadata
+from utils.export.formats import FORMATS
+from utils.export.metadata import KEY
 from utils.export.produce import produce
 
 for package in ("ncnn", "pnnx"):
     pytest.importorskip(package)
 CPU = torch.device("cpu")
 MODELS = Path(__file__).resolve().parents[1] / "models"
-
-
-def job_of(network: DetectionModel, imgsz: tuple[int, int] = (64, 96), precision: str = "fp32", dynamic: bool = False) -> ExportJob:
-    return ExportJob(network, ExportMetadata.of(network, imgsz, dynamic=dynamic, precision=precision, source="tiny.pt"), batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -150,27 +144,13 @@ def test_which_files_are_exported(folder: Path):
 # --- the networks that ship ----------------------------------------------------------------------------------------------------------------
 
 
-def assert_exports(cfg: str, folder: Path) -> None:
-    """export.py's own proof holds, and so does a comparison with the same network, lively."""
-    torch.manual_seed(0)
-    model = DetectionModel(load_spec(cfg, nc=3))
-    own = lively(model)
-    for conv, better in zip(model.head.m, own.head.m, strict=True):
-        conv.load_state_dict(better.state_dict())
-    side = max(64, model.max_stride)
-    save_checkpoint(folder / "own.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())))
-    assert export.main(["--weights", str(folder / "own.pt"), "--include", "ncnn", "--imgsz", str(side)]) == 0
-    images = torch.rand(1, 3, side, side)
-    torch.testing.assert_close(open_network(folder / "own_ncnn_model")(images), own.decode(own(images)), rtol=1e-3, atol=5e-3)
-
-
 def test_focus(tmp_path: Path):
     """The stem of YOLOv5's early files."""
     rows = [[-1, 1, "Focus", [8, 3]], *([-1, 1, "Conv", [8, 3, 2]] for _ in range(4))]
     content = {"nc": 3, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": ANCHORS, "backbone": rows,
                "head": [[[2, 3, 4], 1, "Detect", ["nc", "anchors"]]]}
     (tmp_path / "focus.yaml").write_text(yaml.safe_dump(content))
-    assert_exports(str(tmp_path / "focus.yaml"), tmp_path)
+    assert_exports(str(tmp_path / "focus.yaml"), tmp_path, "ncnn")
 
 
 YAMLS = sorted(str(path) for path in (*MODELS.glob("*.yaml"), *(MODELS / "hub").glob("*.yaml")))
@@ -179,4 +159,4 @@ YAMLS = sorted(str(path) for path in (*MODELS.glob("*.yaml"), *(MODELS / "hub").
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", YAMLS, ids=lambda path: Path(path).stem)
 def test_every_yaml(cfg: str, tmp_path: Path):
-    assert_exports(cfg, tmp_path)
+    assert_exports(cfg, tmp_path, "ncnn")

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 
 def is_main_process() -> bool:
@@ -40,14 +40,14 @@ def silent_libraries() -> Iterator[None]:
 
 @contextmanager
 def no_output(descriptor: int) -> Iterator[None]:
-    """Nothing that C libraries write to stdout (1) or stderr (2), past Python's own streams."""
-    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
+    """Nothing on stdout (1) or stderr (2): what C libraries write past Python's own streams, and what others print."""
+    stream, redirect = {1: (sys.stdout, redirect_stdout), 2: (sys.stderr, redirect_stderr)}[descriptor]
     stream.flush()
     kept = os.dup(descriptor)
     try:
-        with open(os.devnull, "wb") as nowhere:
+        with open(os.devnull, "w") as nowhere, redirect(nowhere):
             os.dup2(nowhere.fileno(), descriptor)
-        yield
+            yield
     finally:
         stream.flush()
         with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show

@@ -15,6 +15,7 @@ from utils.errors import UserError, short_reason
 from utils.export.metadata import KEY, foreign_facts, metadata_from_props
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
+from utils.export.tflite import TFLITE_SUFFIX, TfliteSession
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
 
@@ -155,6 +156,8 @@ def open_network(
         return ExportedNetwork(found, OnnxSession(found, threads, at_once), names, at_once)
     if found.suffix == TORCHSCRIPT_SUFFIX:
         return ExportedNetwork(found, TorchscriptSession(found, threads), names, at_once)
+    if found.suffix == TFLITE_SUFFIX:
+        return ExportedNetwork(found, TfliteSession(found, threads, at_once), names, at_once)
     if found.name.endswith(NCNN_GRAPH):
         return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
@@ -175,7 +178,7 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX) or path.name.endswith((OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH))
+    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX) or path.name.endswith((OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH))
 
 
 def needs_torch(path: str | Path) -> bool:
@@ -184,7 +187,7 @@ def needs_torch(path: str | Path) -> bool:
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx, .torchscript, .xml or .ncnn.param file; of a folder the .xml or .ncnn.param in it.
+    """The .onnx, .torchscript, .tflite, .xml or .ncnn.param file; of a folder the .xml or .ncnn.param in it.
 
     Raises:
         UserError: there is none.

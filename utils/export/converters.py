@@ -1,4 +1,4 @@
-"""A network's graph out of PyTorch: to an ONNX or TorchScript file, an OpenVINO or ncnn model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX, TorchScript or TFLite file, an OpenVINO or ncnn model, traced on one batch of images."""
 from __future__ import annotations
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from utils.errors import error_lines
 from utils.export.metadata import CONFIG, KEY, ExportMetadata
 from utils.extras import import_extra, is_installed
-from utils.log import no_output
+from utils.log import no_output, silent_libraries
 
 if TYPE_CHECKING:
     import openvino
@@ -102,6 +102,28 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
     layers = {line.split()[0] for line in param.read_text(encoding="utf-8").splitlines()[2:] if line.strip()}
     if foreign := sorted(layer for layer in layers if "." in layer or "::" in layer):
         raise RuntimeError(f"ncnn has no layer for {', '.join(foreign)}")
+
+
+def to_tflite(network: nn.Module, images: Tensor, path: Path, *, half: bool = False) -> None:
+    """Write `network` as a TFLite file that takes images (B, H, W, 3) of this size alone, as programs for phones give them; `half` stores its
+    weights in fp16, which are computed with in fp32."""
+    with silent_libraries(), no_output(1), no_output(2):  # it tells of every step
+        litert = import_extra("litert_torch")
+        last = litert.to_channel_last_io(_channels_first(network), args=[0]).eval()
+        litert.convert(last, (images.permute(0, 2, 3, 1).contiguous(),)).export(str(path))
+        if half:
+            _halve_weights(path)
+
+
+def _halve_weights(path: Path) -> None:
+    quantizer, types, recipe = (import_extra(f"ai_edge_quantizer.{name}") for name in ("quantizer", "qtyping", "recipe"))
+    weights = types.TensorQuantizationConfig(num_bits=16, dtype=types.TensorDataType.FLOAT)
+    halves = quantizer.Quantizer(str(path))
+    halves.update_quantization_recipe(
+        regex=".*", operation_name=types.TFLOperationName.ALL_SUPPORTED, algorithm_key=recipe.AlgorithmName.FLOAT_CASTING,
+        op_config=types.OpQuantizationConfig(weight_tensor_config=weights, compute_precision=types.ComputePrecision.FLOAT,
+                                             explicit_dequantize=True))
+    path.write_bytes(halves.quantize().quantized_model)
 
 
 @torch.no_grad()

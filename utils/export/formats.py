@@ -9,11 +9,12 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_torchscript
+from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_tflite, to_torchscript
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
 from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
+from utils.export.tflite import TFLITE_SUFFIX, stamp_tflite
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX
 from utils.extras import import_extra, pip_install
 from utils.files import did_you_mean
@@ -52,6 +53,7 @@ class Format:
     is_folder: of several files.
     write: makes the file, or the files in a folder that is there; None where it is written `elsewhere` only.
     suppresses: can hold non-maximum suppression in its graph.
+    advice: how to install its packages.
     elsewhere: why it is not written here, and the way there.
     """
 
@@ -61,11 +63,15 @@ class Format:
     is_folder: bool
     write: Callable[[ExportJob, Path], None] | None
     suppresses: bool = False
+    advice: str = ""
     elsewhere: str = ""
 
     def missing(self) -> str | None:
         """Which pip install it lacks, or why it is not written here; None where all is there."""
-        return f"not written here: {self.elsewhere}" if self.elsewhere else pip_install(self.packages)
+        if self.elsewhere:
+            return f"not written here: {self.elsewhere}"
+        command = pip_install(self.packages)
+        return command and f"{command}{self.advice}"
 
 
 def write_onnx(job: ExportJob, path: Path) -> None:
@@ -100,6 +106,13 @@ def write_torchscript(job: ExportJob, path: Path) -> None:
     to_torchscript(InferenceGraph(job.network, half=job.half), job.example(), path, job.metadata)
 
 
+def write_tflite(job: ExportJob, path: Path) -> None:
+    if job.metadata.dynamic:
+        raise UserError("a TFLite graph holds one image size")
+    to_tflite(InferenceGraph(job.network), job.example(), path, half=job.half)
+    stamp_tflite(path, job.metadata)
+
+
 FORMATS = {
     format.name: format
     for format in (
@@ -107,13 +120,14 @@ FORMATS = {
         Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino, suppresses=True),
         Format("ncnn", ("ncnn", "pnnx"), NCNN_SUFFIX, True, write_ncnn),
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
+        Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite,
+               advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
     )
 }
 
 
 _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here, and the way there from a file that proved itself
     "coreml": "its files run, and so could prove themselves, on a Mac only: export torchscript, and there pip install coremltools and convert that",
-    "tflite": "its converter wants a PyTorch of its own: pip install litert-torch in another environment and convert the checkpoint's network there",
     "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
 }
 

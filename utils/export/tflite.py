@@ -1,0 +1,82 @@
+"""TFLite files: a graph for phones and boards with its metadata as an archive behind it; run by LiteRT's Python package."""
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.errors import UserError, short_reason
+from utils.export.metadata import KEY
+from utils.extras import import_extra
+from utils.log import no_output
+
+if TYPE_CHECKING:
+    from utils.export.metadata import ExportMetadata
+    from utils.export.sessions import Shape
+
+TFLITE_SUFFIX = ".tflite"
+_METADATA, _LABELS = f"{KEY}.json", "labels.txt"
+_MOST_BYTES = 16 << 20  # of metadata
+
+
+def stamp_tflite(path: Path, metadata: ExportMetadata) -> None:
+    """Append metadata to a TFLite file as a zip archive, where TensorFlow's specification of metadata has associated files; and the class
+    names, a line each, as its example programs read them."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_METADATA, metadata.to_props()[KEY])
+        archive.writestr(_LABELS, "".join(f"{json.dumps(name)[1:-1]}\n" for name in metadata.names))
+
+
+class TfliteSession:
+    """A TFLite file on the CPU, an interpreter for each calling thread; the threads left over beside `at_once` callers help whoever is running."""
+
+    def __init__(self, path: Path, threads: int, at_once: int) -> None:
+        litert = import_extra("ai_edge_litert")
+        self._new = import_extra("ai_edge_litert.interpreter").Interpreter
+        self._path, self._threads, self._own = path, max(threads - at_once + 1, 1), threading.local()
+        self.props = _props(path)
+        try:
+            with no_output(2):  # it tells of its kernels, once a process
+                interpreter = self._interpreter()
+        except Exception as error:  # of the parser or a kernel: of any kind
+            raise UserError(f"{path}: LiteRT can't load it, it may be cut off or no TFLite file: {short_reason(error)}") from None
+        images, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+        self._names = images[0]["index"], outputs[0]["index"]
+        self.inputs, self.outputs = _shape(images) if len(images) == 1 else None, tuple(map(int, outputs[0]["shape"]))
+        self.dtype = np.dtype(images[0]["dtype"])
+        self.description = f"LiteRT {litert.__version__}, {threads} threads"
+
+    def _interpreter(self) -> Any:
+        if not hasattr(self._own, "interpreter"):
+            self._own.interpreter = self._new(model_path=str(self._path), num_threads=self._threads)
+            self._own.interpreter.allocate_tensors()
+        return self._own.interpreter
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        interpreter = self._interpreter()
+        interpreter.set_tensor(self._names[0], np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+        interpreter.invoke()
+        return interpreter.get_tensor(self._names[1])
+
+
+def _props(path: Path) -> dict[str, str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo(_METADATA)
+            if entry.file_size <= _MOST_BYTES:
+                return {KEY: archive.read(entry).decode()}
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, ValueError, OSError):
+        pass
+    # Names alone, from --data, would not do: YOLOv5's own TFLite files give boxes in shares of the image, others in pixels.
+    raise UserError(f"{path}: holds no {_METADATA} of export.py: it is cut off, or of another program, whose boxes' units it does not tell: "
+                    "export it from its checkpoint")
+
+
+def _shape(images: list[dict[str, Any]]) -> Shape | None:
+    """(B, H, W, 3), as TFLite's programs have it, in the order of the other formats."""
+    shape = tuple(map(int, images[0]["shape"]))
+    return (shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else None
