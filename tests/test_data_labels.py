@@ -89,6 +89,7 @@ def test_polygons_become_their_bounding_box(tmp_path):
     ("0 0.5 0.5 0.1 0.1 0.9", "6 columns"),
     ("0.5 0.5 0.5 0.1 0.1", "not a whole number"),
     ("cat 0.5 0.5 0.1 0.1", "not a row of numbers"),
+    ("0 0.5 0.5 0.1 0.1px", "not a row of numbers"),
     ("0,0.5,0.5,0.1,0.1", "1 columns"),
 ])
 def test_mistakes_name_file_and_line(tmp_path, line, words):

@@ -188,7 +188,7 @@ def _parse_numbers(blob: bytes, codes: np.ndarray, starts: np.ndarray, ends: np.
     values = _plain_decimals(codes, starts, ends)
     if values is None:
         with contextlib.suppress(ValueError):
-            values = np.fromstring(blob, np.float64, sep=" ")
+            values = np.fromiter(map(float, blob.split()), np.float64)
     return values if values is not None and len(values) == len(starts) else None
 
 
