@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -15,9 +16,11 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.config import DataOptions
 from utils.data import check
 from utils.data import download as download_module
 from utils.data.download import download, unpack
+from utils.data.open import open_splits
 from utils.data.spec import load_data_spec
 from utils.errors import USER_ERROR, UserError
 
@@ -46,7 +49,8 @@ def odd_set(tmp_path) -> Path:
 def test_the_report_names_every_oddity(odd_set, capsys):
     assert check.main(["--data", str(odd_set / "d.yaml")]) == 0
     text = capsys.readouterr().out
-    for expected in ("train: 4 images, 4 boxes, 2 backgrounds, 1 broken images, 1 duplicate boxes, 1 boxes clipped, 1 boxes dropped",
+    for expected in ("train: 4 images, 4 boxes, 2 backgrounds, 3 without labels, 1 broken images, 1 duplicate boxes, 1 boxes clipped,",
+                     "1 boxes dropped",
                      "128x64 (4)", "broken.jpg: ", "a.txt:2: dropped: an exact copy", "a.txt:3: dropped: lies outside its image by 5.0%",
                      "identical images: 1 groups", "train and val share 1 images", "boxes an image: 1.0, at most 2"):
         assert expected in text, expected
@@ -157,6 +161,19 @@ def test_download_checks_unpacks_and_is_done_once(tmp_path, server):
     root = tmp_path / "sets" / "mine"
     assert (root / "images/deep/b.txt").read_bytes() == b"there" and (root / "more/labels/a.txt").read_bytes() == b"tar"
     assert not list(root.glob("**/*.part")) and not (root / "x.zip").exists()
+
+
+def test_what_was_removed_is_fetched_again_and_what_is_there_is_not(tmp_path, server):
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    Server.files = {"/x.zip": zipped({"images/a.png": picture, "labels/a.txt": b"0 0.5 0.5 0.5 0.5"})}
+    spec = spec_for(tmp_path, f'url: "{server}/x.zip"')
+    download(spec)
+    shutil.rmtree(spec.root / "images")
+    download(spec)
+    assert (spec.root / "images/a.png").exists() and len(Server.ranges) == 2
+    (spec.root / ".x.zip.unpacked").unlink()  # as if it had been put there by hand
+    options = DataOptions(data=str(spec.file), data_root=str(tmp_path / "sets"), download=True)
+    assert open_splits(options, ("train",))[0].report.boxes == 1 and len(Server.ranges) == 2
 
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):

@@ -156,7 +156,7 @@ def voc(tmp_path) -> Path:
     write_voc(tmp_path, "b", [])
     write_voc(tmp_path, "c", [OBJECT.format("cat", "", 5, 5, 14, 14)], size="")
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
-    (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb -1\n")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("\ufeffa\nb -1\n", encoding="utf-8")
     return tmp_path
 
 
@@ -168,6 +168,34 @@ def test_voc_boxes_count_from_one_and_include_the_last_pixel(voc):
     split = load(voc, VOC, "val")  # the folder itself; c has no size, so its image's counts
     assert len(split.images) == 3
     np.testing.assert_allclose(split.boxes[2], [[0, 0.225, 0.45, 0.25, 0.5]], atol=1e-7)
+
+
+def test_voc_stems_with_spaces(voc):
+    write_voc(voc, "cell 001", [OBJECT.format("cat", "", 5, 5, 14, 14)])
+    (voc / "ImageSets/Main/train.txt").write_text("cell 001\na  1\n")
+    assert [Path(p).name for p in load(voc, VOC).images] == ["cell 001.png", "a.png"]
+
+
+def test_labels_of_an_image_that_is_shown_turned(voc):
+    """A tool that ignores EXIF writes the stored size."""
+    write_voc(voc, "a", [OBJECT.format("cat", "", 5, 5, 14, 14)], "<size><width>20</width><height>40</height></size>")
+    problems = load(voc, VOC).report.problems
+    assert len(problems) == 1 and "a.png: labelled on 20x40, shown as 40x20: its boxes may be elsewhere" in problems[0]
+    write_voc(voc, "a", [OBJECT.format("cat", "", 5, 5, 14, 14)], "<size><width>80</width><height>40</height></size>")
+    assert not load(voc, VOC).report.problems  # another resolution
+
+
+def test_coco_areas_follow_another_resolution(coco):
+    before = load(coco, YAML)
+    content = json.loads((coco / "ann/train.json").read_text())
+    for entry in content["images"]:
+        entry.update(width=2 * entry["width"], height=2 * entry["height"])
+    for entry in content["annotations"]:
+        entry.update(bbox=[2 * side for side in entry["bbox"]], area=4 * entry["area"])
+    (coco / "ann/train.json").write_text(json.dumps(content))
+    after = load(coco, YAML)
+    for name in ("boxes", "areas", "crowd_areas"):
+        np.testing.assert_allclose(np.concatenate(getattr(after, name)), np.concatenate(getattr(before, name)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("text", "place", "words"), [

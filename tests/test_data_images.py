@@ -61,6 +61,10 @@ def test_orientation_counts_behind_a_long_header_and_a_wrong_one_is_ignored(tmp_
 def test_other_colour_models_become_bgr(tmp_path, rgb, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.tiff" if mode == "YCbCr" else "a.png")
     Image.fromarray(rgb).convert(mode).save(path)
+    try:
+        shown(path)
+    except OSError as error:
+        pytest.skip(f"this Pillow does not read what it writes: {error}")
     image = read_image(path)
     assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
     assert np.abs(image.astype(int) - shown(path)).max() <= 1

@@ -46,9 +46,40 @@ def test_boxes_sizes_and_ids(tmp_path):
     assert split.boxes[0].dtype == np.float32
     np.testing.assert_array_equal(split.boxes[0], np.float32([[2, 0.5, 0.5, 0.2, 0.4], [0, 0.25, 0.75, 0.5, 0.5]]))
     assert [b.shape for b in split.boxes] == [(2, 5), (0, 5), (0, 5)] == [(2, 5), *[c.shape for c in split.crowds[1:]]]
-    assert split.image_ids == (7, "b", "c") and split.category_ids == (0, 1, 2) and split.areas is None
+    assert split.image_ids == ("0007", "b", "c") and split.category_ids == (0, 1, 2) and split.areas is None
     assert (split.report.images, split.report.boxes, split.report.backgrounds, split.report.unlabelled) == (3, 2, 2, 1)
     assert split.report.problems == ()
+
+
+def test_ids_are_numbers_where_all_are(tmp_path):
+    """COCO's tools sort them."""
+    assert scan(tmp_path, {"0007": None, "12": "0 0.5 0.5 0.1 0.1"}).image_ids == (7, 12)
+
+
+def test_labels_that_are_not_there_or_cannot_be_read(tmp_path):
+    labels = {"a": "0 0.5 0.5 0.1 0.1", "b": None, "c": ""}
+    assert scan(tmp_path, labels).report.summary() == "3 images, 1 boxes, 2 backgrounds, 1 without labels"
+    (tmp_path / "labels/train/b.txt").symlink_to("b.txt")
+    with pytest.raises(UserError, match=r"labels/train/b\.txt: can't be read: Too many levels"):
+        scan(tmp_path, {}, cache=False)
+
+
+def test_lists_that_windows_wrote(tmp_path):
+    make_set(tmp_path, {"a": "0 0.5 0.5 0.1 0.1", "b": "1 0.5 0.5 0.1 0.1"})
+    (tmp_path / "train.txt").write_bytes("\ufeffimages\\train\\a.png\r\nimages\\train\\b.png\r\n".encode())
+    yaml = "path: .\ntrain: train.txt\nnames: [a, b, c]\n"
+    split = load_split(load_data_spec(make_set(tmp_path, {}, yaml)), "train", progress=False)
+    assert [Path(path).name for path in split.images] == ["a.png", "b.png"] and split.report.boxes == 2
+    (tmp_path / "train.txt").write_text("/gone/images/a.png\n/gone/images/b.png\n")
+    with pytest.raises(UserError, match=r"train: none of 2 images can be read; /gone/images/a\.png: "):
+        load_split(load_data_spec(make_set(tmp_path, {}, yaml)), "train", progress=False)
+
+
+def test_folders_called_like_images_and_links_that_lead_back(tmp_path):
+    make_set(tmp_path, {"jpg/a": "0 0.5 0.5 0.1 0.1", "b.png/c": "1 0.5 0.5 0.1 0.1"})
+    (tmp_path / "images/train/jpg/back").symlink_to(tmp_path / "images")
+    split = scan(tmp_path, {})
+    assert [Path(path).name for path in split.images] == ["c.png", "a.png"] and split.report.boxes == 2 and not split.report.problems
 
 
 def test_overshoot_up_to_one_per_cent_is_clipped_and_more_drops_the_box_alone(tmp_path):

@@ -253,7 +253,7 @@ def test_file_name_stays_one_part():
     assert file_name("../../etc/passwd") == "_.._etc_passwd"
     assert file_name("traffic light") == "traffic light"
     assert file_name("..") == file_name("") == file_name("/") == "_"
-    assert file_name("人/a") == "人_a"
+    assert file_name("人/a") == "人_a" and file_name("C++ <1m") == "C++ _1m"
 
 
 # --- pipeline and writer -------------------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_videos_and_images_in_turn(tmp_path):
     detect(source_of(frames()), fixed(), writer_of(tmp_path / "out", txt=True))
     out = tmp_path / "out"
     assert [name for name in names_below(out) if "labels" not in name] == [
-        "again.mp4", "clip.mp4", "clip_2.mp4", "photo.jpg", "photo_2.png", "rtsp_host_cam_x_1_from_6.mp4", "rtsp_host_cam_x_1_from_8.mp4"]
+        "again.mp4", "clip.mp4", "clip_2.mp4", "photo.jpg", "photo_2.png", "rtsp_host_cam_x=1_from_6.mp4", "rtsp_host_cam_x=1_from_8.mp4"]
     assert video_facts(out / "clip.mp4")[0] == video_facts(out / "again.mp4")[0] == 3
     assert video_facts(out / "clip_2.mp4")[2] == (32, 32)
     assert {"labels/clip_1.txt", "labels/clip_3.txt", "labels/photo.txt", "labels/photo_2.txt"} < set(names_below(out))
@@ -309,6 +309,45 @@ def test_labels_crops_and_table(tmp_path):
     assert rows[1] == {"image": "in/photo.jpg", "frame": "", "class": "1", "name": "../dog", "confidence": "0.5", "x1": "50", "y1": "40", "x2": "100",
                        "y2": "80"}
     assert rows[3]["frame"] == "7"
+
+
+def test_labels_are_called_like_their_images(tmp_path):
+    """They would not be found else; and a video's frames and an image of such a name keep out of each other's way."""
+    image = Frame("", 0, np.zeros((48, 64, 3), np.uint8), None)
+    stems = ["photo (1)", "a,b", "R&D+x", "cafe\u0301", "हिन्दी", "caf\udce9"]
+    with writer_of(tmp_path / "out", txt=True, csv=True) as writer:
+        for path in (*(f"in/{stem}.png" for stem in stems), "in/clip_2.png"):
+            writer.put(image._replace(path=path), result_of([(10, 20, 30, 40, 0.9, 0)]))
+        for frame in frames_of("in/clip.mp4", 2):
+            writer.put(frame, result_of([(10, 20, 30, 40, 0.9, 0)]))
+        for path in ("in/clip_3_2.png", "in/clip.png"):
+            writer.put(image._replace(path=path), result_of([(10, 20, 30, 40, 0.9, 0)]))
+    videos, later = ["clip_3_1", "clip_3_2"], ["clip_3_2_2", "clip"]
+    assert {path.stem for path in (tmp_path / "out/labels").iterdir()} == {*stems, "clip_2", *videos, *later}
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {*stems, "clip_2", *later} and (tmp_path / "out/clip_3.mp4").exists()
+
+
+def test_crops_of_classes_that_differ_in_signs_alone(tmp_path):
+    found = result_of([(10, 20, 30, 40, 0.9, n) for n in range(4)], names=("<1m", ">1m", "C++", "C#"))
+    with writer_of(tmp_path / "out", crops=True, images=False) as writer:
+        writer.put(Frame("a.jpg", 0, np.zeros((80, 100, 3), np.uint8), None), found)
+    assert names_below(tmp_path / "out/crops") == ["C#/a.jpg", "C++/a.jpg", "_1m_0/a.jpg", "_1m_1/a.jpg"]
+
+
+def test_a_live_video_lasts_as_long_as_life(tmp_path):
+    """Frames that nobody took in time are shown as the one after them; a long silence is cut short."""
+    with writer_of(tmp_path / "out") as writer:
+        for frame in frames_of("rtsp://host/cam", 1):
+            for index in (0, 1, 4, 5, 1000):
+                writer.put(frame._replace(index=index), result_of([(10, 20, 30, 40, 0.9, 0)]))
+    assert video_facts(next((tmp_path / "out").glob("*.mp4")))[0] == 6 + 125
+
+
+@pytest.mark.parametrize("fps", [29.97003, 119.96712, 240.123, 960.5])
+def test_frame_rates_of_phones(fps: float, tmp_path):
+    detect(source_of(frames_of("clip.mp4", 3, fps=fps)), fixed(), writer_of(tmp_path / "out"))
+    count, written, _ = video_facts(tmp_path / "out" / "clip.mp4")
+    assert count == 3 and written == pytest.approx(fps, rel=1e-3)
 
 
 def test_nothing_to_write_makes_no_folder(tmp_path):

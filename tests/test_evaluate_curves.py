@@ -122,5 +122,18 @@ def test_confusion_sums(seed: int) -> None:
     assert matrix[4, 4] == 0
 
 
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_more_than_a_hundred_objects_an_image(num_classes: int) -> None:
+    """COCO's mAP stops at 100 of a class; what is found beyond it is found all the same."""
+    x, y = np.meshgrid(np.arange(20) * 20.0, np.arange(20) * 20.0)
+    boxes = np.stack((x, y, x + 15, y + 15), -1).reshape(-1, 4)
+    cls = np.arange(400) % num_classes
+    truth, found = Truth(boxes, cls), Detections(boxes, np.linspace(0.9, 0.5, 400), cls)
+    assert (confusion_matrix([truth], [found], num_classes) == np.diag([400 // num_classes] * num_classes + [0])).all()
+    result = curves([truth], [found], num_classes)
+    assert (result.recall_at_best == 1).all() and (result.precision_at_best == 1).all()
+    assert result.mean(result.ap50) == pytest.approx(coco_scores([truth], [found], num_classes).ap50)
+
+
 def test_confusion_of_nothing() -> None:
     assert (confusion_matrix([], [], 2) == 0).all() and (confusion_matrix([NO_TRUTH], [NO_DETECTIONS], 2) == 0).all()

@@ -145,6 +145,13 @@ def test_a_write_is_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old"
 
 
+def test_a_name_as_long_as_a_disk_takes(tmp_path):
+    for name in ("a" * 251 + ".txt", "я" * 125 + ".txt"):
+        with atomic_write(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
+
+
 def test_a_spreadsheet_is_whole_or_not_at_all(tmp_path):
     write_csv(tmp_path / "a.csv", ("name", "n"), iter([("é, ü", 1), ('"', "")]))
     assert (tmp_path / "a.csv").read_bytes() == 'name,n\n"é, ü",1\n"""",\n'.encode()

@@ -110,6 +110,12 @@ def test_names_beyond_ascii_and_non_contiguous_images() -> None:
     assert changed(image, drawn).any()
 
 
+def test_a_file_name_that_is_no_utf8(tmp_path: Path) -> None:
+    """OpenCV's own answer to it is a segmentation fault."""
+    image_grid([Tile(noise(60, 100), np.array([[10, 10, 50, 50]]), ["caf\udce9"], [RED], "caf\udce9.jpg")], tmp_path / "grid.png")
+    assert size_of(tmp_path / "grid.png")
+
+
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_image_grid(tmp_path: Path, count: int) -> None:
     tiles = [Tile(noise(60 + 10 * i, 100), np.array([[10, 10, 50, 50]]), ["a"], [RED], f"image {i} " + "x" * 200) for i in range(count)]

@@ -23,7 +23,7 @@ from utils.data.open import open_splits, val_loader
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
 from utils.evaluate.official import cocoeval
-from utils.evaluate.output import yolo_lines
+from utils.evaluate.output import _unique, yolo_lines
 from utils.evaluate.tta import Augmented
 from utils.evaluate.validate import check_classes, truth_of, validate
 from utils.hyp import Hyp
@@ -303,6 +303,11 @@ class FindsWhite:
 
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs
+
+
+def test_label_files_of_images_of_one_name():
+    """By the order of the split; nobody takes the number that is another's name."""
+    assert _unique(["a", "b", "a", "a_2", "a"]) == ["a", "b", "a_3", "a_2", "a_4"]
 
 
 @pytest.mark.parametrize("stride", [32, 64])

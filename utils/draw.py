@@ -61,6 +61,7 @@ def draw_boxes(
 def _draw_label(image: np.ndarray, label: str, left: int, bottom: int, color: Color, scale: float) -> None:
     """A filled tab with text, on the box's upper edge if there is room, else below it; inside the image, smaller where it's too narrow."""
     height, width = image.shape[:2]
+    label = _printable(label)
     text_w, text_h, base = _text_size(label, scale)
     if text_w > width:
         scale *= width / text_w
@@ -73,6 +74,11 @@ def _draw_label(image: np.ndarray, label: str, left: int, bottom: int, color: Co
     luminance = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2]
     ink = _DARK if luminance > 130 else _LIGHT
     cv2.putText(image, label, (left + pad, top + text_h + pad // 2 + 1), _FONT, scale, ink, _weight(scale), cv2.LINE_AA)
+
+
+def _printable(text: str) -> str:
+    """Of a file name that is no UTF-8 the bytes that are none become question marks: OpenCV crashes on them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.lru_cache(4096)
@@ -137,7 +143,7 @@ def _draw_tile(tile: Tile, width: int, height: int) -> np.ndarray:
 
 def _put_caption(strip: np.ndarray, text: str) -> None:
     """Dark letters on the white strip, cut with an ellipsis where the text is too long."""
-    scale = 0.5
+    scale, text = 0.5, _printable(text)
     while len(text) > 1 and _text_size(text, scale)[0] > strip.shape[1]:
         text = text.rstrip("…")[:-1] + "…"
     cv2.putText(strip, text, (2, strip.shape[0] - 8), _FONT, scale, _DARK, 1, cv2.LINE_AA)

@@ -17,6 +17,7 @@ import yaml
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+_SHORT = 40  # characters of a name within a temporary one, which must fit into 255 bytes too
 _MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 100_000, 50  # of a YAML file
 
 
@@ -130,7 +131,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` only when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:_SHORT]}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # a rename may reach the disk before the bytes do; Windows syncs what is open to write
@@ -151,7 +152,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise FileExistsError(errno.EEXIST, "a file is there, where a folder is to be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, before = (path.with_name(f".{path.name}.{uuid.uuid4().hex}") for _ in range(2))
+    temporary, before = (path.with_name(f".{path.name[:_SHORT]}.{uuid.uuid4().hex}") for _ in range(2))
     temporary.mkdir()
     try:
         yield temporary

@@ -63,7 +63,7 @@ def mosaic(images: list[np.ndarray], boxes: list[np.ndarray], imgsz: int, rng: G
         placed.append(own + np.array((0, left, top, left, top), np.float32))
     joined = np.concatenate(placed)
     joined[:, 1:] = clip_xyxy(joined[:, 1:], 2 * imgsz, 2 * imgsz)
-    return canvas, joined
+    return canvas, joined[(joined[:, 3:] > joined[:, 1:3]).all(1)]  # what lies beyond the canvas is a line now, which a turn would make a box
 
 
 def random_affine(image: np.ndarray, boxes: np.ndarray, hyp: Hyp, out: tuple[int, int], rng: Generator) -> tuple[np.ndarray, np.ndarray]:

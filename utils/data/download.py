@@ -45,25 +45,44 @@ def download(spec: DataSpec) -> Path:
     """
     if not spec.download:
         raise UserError(f"{spec.file}: names no download: with URLs; put the data at {spec.root}")
-    for item in spec.download:
-        folder = Path(os.path.normpath(spec.root / item.to))
+    folders = [Path(os.path.normpath(spec.root / item.to)) for item in spec.download]
+    markers = [_marker(item, folder) for item, folder in zip(spec.download, folders, strict=True)]
+    if _missing(spec) and all(marker.exists() for marker in markers):
+        for marker in markers:  # what was unpacked has been removed
+            marker.unlink()
+    for item, folder in zip(spec.download, folders, strict=True):
         if not folder.is_relative_to(spec.root.parent):
             raise UserError(f"{spec.file}: download: to: {item.to} leaves the folder of the data set; name a folder below {spec.root}")
         if not is_writable(folder):
             raise UserError(f"{folder}: not writable; name another place for data sets with --data-root or YOLO_DATASETS")
         folder.mkdir(parents=True, exist_ok=True)
         _fetch_and_unpack(item, folder)
-    for split, entries in spec.splits.items():
-        if not any((spec.root / entry).exists() for entry in entries):
-            raise UserError(f"{spec.file}: everything is fetched, but {split}: {entries[0]} is not in {spec.root}; mend path: or to:")
+    if missing := _missing(spec):
+        raise UserError(f"{spec.file}: everything is fetched, but {missing} is not in {spec.root}; mend path: or to:")
     return spec.root
 
 
-def _fetch_and_unpack(item: Download, folder: Path) -> None:
+def _missing(spec: DataSpec) -> str | None:
+    """The first split of which nothing is there."""
+    return next((f"{split}: {entries[0]}" for split, entries in spec.splits.items()
+                 if not any((spec.root / entry).exists() for entry in entries)), None)
+
+
+def _archive_name(item: Download) -> str:
     name = unquote(PurePosixPath(urlsplit(item.url).path).name)
     if not name or name in {".", ".."} or "/" in name or "\\" in name:
         raise UserError(f"{item.url}: names no file")
-    archive, marker = folder / name, folder / f".{name}.unpacked"
+    return name
+
+
+def _marker(item: Download, folder: Path) -> Path:
+    """Says that this archive was unpacked there."""
+    return folder / f".{_archive_name(item)}.unpacked"
+
+
+def _fetch_and_unpack(item: Download, folder: Path) -> None:
+    name, marker = _archive_name(item), _marker(item, folder)
+    archive = folder / name
     if marker.exists():
         info(f"{name}: fetched and unpacked already")
         return

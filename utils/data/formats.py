@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,27 +48,42 @@ class LabelSource:
 
 def list_images(folder: Path) -> list[str]:
     """Every image in a folder and below it, sorted; hidden ones left out."""
-    found, folders = [], [os.fspath(folder)]
+    found: list[str] = []
+    folders: list[tuple[str, frozenset[str]]] = [(os.fspath(folder), frozenset())]
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        path, above = folders.pop()
+        real = os.path.realpath(path)
+        if real in above:
+            continue  # a link to a folder that it lies in
+        with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if "." + entry.name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+                if entry.is_dir():
+                    folders.append((entry.path, above | {real}))
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                     found.append(entry.path)
-                elif entry.is_dir():
-                    folders.append(entry.path)
     return sorted(found)
 
 
 def read_list(file: Path, root: Path) -> list[str]:
     """The non-empty lines of a list file as paths: absolute, or relative to the file's folder, or to the data set's root."""
+    places = file.parent, root
+
+    def find(line: str) -> str:
+        lines = dict.fromkeys((line, line.replace("\\", "/")))  # as Windows writes it
+        paths = [os.path.normpath(place / line) for line in lines for place in places]
+        return next(filter(os.path.exists, paths), paths[1])
+
+    return [find(line) for line in _lines(file)]
+
+
+def _lines(file: Path) -> list[str]:
+    """Of a list that Windows' editor may have written; the non-empty ones."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        return [line for line in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()) if line]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: can't be read as a list of images: {error}") from None
-    beside = [os.path.normpath(file.parent / line) for line in lines if line]
-    return [path if os.path.exists(path) else os.path.normpath(root / line) for path, line in zip(beside, filter(None, lines), strict=True)]
 
 
 def images_of(places: Iterable[Path], root: Path) -> list[str]:
@@ -182,13 +198,10 @@ def voc_source(places: Sequence[Path], folder: Path | None, names: tuple[str, ..
 def _voc_xmls(place: Path) -> list[Path]:
     if place.is_dir():
         return sorted(place.glob("*.xml"))
-    try:
-        words = [line.split() for line in place.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: can't be read as a list of images: {error}") from None
     # a class's list (aeroplane_train.txt) has a second column, -1 where the image lacks it; every image counts here
+    stems = [re.sub(r"\s+(-1|0|1)$", "", line) for line in _lines(place)]
     home = next((p / "Annotations" for p in place.parents if (p / "Annotations").is_dir()), place.parent)
-    return [home / f"{word[0]}.xml" for word in words if word]
+    return [home / f"{stem}.xml" for stem in stems]
 
 
 def _read_voc(xmls: Sequence[Path], images: list[str], names: tuple[str, ...], yaml: Path) -> RawLabels:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from utils.data.yolo_text import visdrone_source, yolo_source
 from utils.errors import UserError
 from utils.log import info, warn
 
-_VERSION = 2  # of the rules below; raise it when they change
+_VERSION = 3  # of the rules below; raise it when they change
 _MAX_OVERSHOOT = 0.01  # of the image's side
 _DUST = 1e-6  # what six decimals lose: cut silently
 _SHOWN = 5  # problems printed; check.py lists all
@@ -42,8 +42,9 @@ class ScanReport:
     problems: tuple[str, ...]  # "file:line: what", one line each
 
     def summary(self) -> str:
-        odd = {"backgrounds": self.backgrounds, "broken images": self.broken, "duplicate boxes": self.duplicates, "boxes clipped": self.clipped,
-               "boxes dropped": self.dropped, "difficult left out": self.difficult, "crowd regions": self.crowds}
+        odd = {"backgrounds": self.backgrounds, "without labels": self.unlabelled, "broken images": self.broken,
+               "duplicate boxes": self.duplicates, "boxes clipped": self.clipped, "boxes dropped": self.dropped,
+               "difficult left out": self.difficult, "crowd regions": self.crowds}
         return ", ".join([f"{self.images} images", f"{self.boxes} boxes", *(f"{count} {what}" for what, count in odd.items() if count)])
 
 
@@ -119,16 +120,22 @@ def _verify(spec: DataSpec, split: str, raw: RawLabels) -> Split:
         raise UserError(f"{raw.mistakes[0]}{more}")
     if not raw.images:
         raise UserError(f"{spec.file}: {split}: no images in {', '.join(str(spec.find(entry)) for entry in spec.splits[split])}")
-    if raw.unlabelled == len(raw.images) and split != "test":
-        raise UserError(f"{spec.file}: {split}: no label file for any of {len(raw.images)} images, the first is {raw.images[0]}; "
-                        "YOLO labels lie at the same path with the last /images/ as /labels/ and .txt")
+    if raw.unlabelled == len(raw.images) and split != "test" and any(map(os.path.exists, raw.images)):
+        where = "; YOLO labels lie at the same path with the last /images/ as /labels/ and .txt" if spec.format == "yolo" else ""
+        raise UserError(f"{spec.file}: {split}: no label file for any of {len(raw.images)} images, the first is {raw.images[0]}{where}")
     problems = list(raw.problems)
     sizes, whole = _check_images(raw.images, problems)
     if not whole.any():
         raise UserError(f"{spec.file}: {split}: none of {len(raw.images)} images can be read; {'; '.join(problems[:1])}")
     crowd = raw.crowd if raw.crowd is not None else np.zeros(len(raw.rows), bool)
     keep = whole[raw.owner]
-    frames = None if raw.frames is None else np.where(raw.frames > 0, raw.frames, sizes)[raw.owner]
+    frames, areas = None, raw.areas
+    if raw.frames is not None:
+        labelled_on = np.where(raw.frames > 0, raw.frames, sizes)
+        problems += _contradictions(raw.images, labelled_on, sizes, whole)
+        frames = labelled_on[raw.owner]
+        if areas is not None:
+            areas = areas * (sizes / np.maximum(labelled_on, 1)).prod(1)[raw.owner]
     rows, fits, clipped = _fit(raw.rows, frames)
     fresh = ~_repeats(rows, raw.owner * 2 + crowd)
     for row in np.flatnonzero(keep & ~fits):
@@ -142,8 +149,8 @@ def _verify(spec: DataSpec, split: str, raw: RawLabels) -> Split:
     new_index = np.cumsum(whole) - 1
     kept = keep & fits & fresh
     tables = [_per_image(rows, raw.owner, kept & mask, new_index, int(whole.sum())) for mask in (~crowd, crowd)]
-    areas = None if raw.areas is None else [
-        _per_image(raw.areas.astype(np.float32), raw.owner, kept & mask, new_index, int(whole.sum())) for mask in (~crowd, crowd)]
+    areas = None if areas is None else [
+        _per_image(areas.astype(np.float32), raw.owner, kept & mask, new_index, int(whole.sum())) for mask in (~crowd, crowd)]
     images = [image for image, good in zip(raw.images, whole, strict=True) if good]
     ids = [image for image, good in zip(raw.image_ids, whole, strict=True) if good] if raw.image_ids is not None else _image_ids(images, spec.root)
     report = ScanReport(
@@ -164,6 +171,15 @@ def _check_images(images: list[str], problems: list[str]) -> tuple[np.ndarray, n
             problems.append(f"{error}: image left out")
             whole[n] = False
     return sizes, whole
+
+
+def _contradictions(images: Sequence[str], labelled_on: np.ndarray, sizes: np.ndarray, whole: np.ndarray) -> Iterator[str]:
+    """Images that were not labelled as they are shown, and not in another resolution either: most often turned by EXIF, which the tool ignored."""
+    crossed = labelled_on.astype(np.int64) * sizes[:, ::-1]
+    for n in np.flatnonzero(whole & (crossed.min(1) < 0.98 * crossed.max(1))):
+        (width, height), (own_width, own_height) = labelled_on[n].astype(int), sizes[n]
+        yield (f"{images[n]}: labelled on {width}x{height}, shown as {own_width}x{own_height}: its boxes may be elsewhere "
+               "(did the tool ignore how EXIF turns it?)")
 
 
 def _fit(rows: np.ndarray, frames: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -208,9 +224,9 @@ def _per_image(values: np.ndarray, owner: np.ndarray, mask: np.ndarray, new_inde
 
 
 def _image_ids(images: list[str], root: Path) -> list[int | str]:
-    """The file name's number or the name; the path below the root where two would be the same."""
+    """File names' numbers where all have one, else their names; paths below the root where two would be the same. COCO's tools sort them."""
     stems = [os.path.splitext(os.path.basename(image))[0] for image in images]
-    for ids in ([int(s) if s.isdecimal() else s for s in stems], stems):
+    for ids in ([int(stem) for stem in stems] if all(map(str.isdecimal, stems)) else stems, stems):
         if len(set(ids)) == len(ids):
             return ids
     return _below(root, images)

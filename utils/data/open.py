@@ -16,14 +16,14 @@ from utils.data.spec import load_data_spec
 
 
 def open_splits(options: DataOptions, names: Sequence[str]) -> list[Split]:
-    """The named splits of `--data`, fetched first where `--download` asks for it.
+    """The named splits of `--data`, fetched first where `--download` asks for it and something of them is missing.
 
     Raises:
         UserError: no such data YAML, a missing or empty set, or labels that must be mended.
     """
     root = options.data_root or None
     spec = load_data_spec(options.data, root)
-    if options.download:
+    if options.download and not all(spec.find(entry).exists() for name in names for entry in spec.splits.get(name, ())):
         download(spec)
         spec = load_data_spec(options.data, root)  # its root is only now to be found
     return [load_split(spec, name, single_cls=options.single_cls) for name in names]

@@ -91,7 +91,7 @@ def _read(images: list[str], labels: list[str], names: tuple[str, ...], parse: L
     mistakes: list[str] = []
     rows, owners, lines, unlabelled = [], [], [], 0
     for first in range(0, len(labels), _CHUNK):
-        texts = [_read_bytes(path) for path in labels[first : first + _CHUNK]]
+        texts = [_read_bytes(path, mistakes) for path in labels[first : first + _CHUNK]]
         unlabelled += texts.count(None)
         table, owner, line, doubtful = _parse_together([text or b"" for text in texts], fast_nc)
         for n in doubtful:
@@ -107,12 +107,18 @@ def _read(images: list[str], labels: list[str], names: tuple[str, ...], parse: L
                      tuple(range(len(names))), unlabelled=unlabelled, mistakes=mistakes)
 
 
-def _read_bytes(path: str) -> bytes | None:
-    """A small file's content, None where there is no file. Made of bare system calls: open() takes twice as long."""
+def _read_bytes(path: str, mistakes: list[str]) -> bytes | None:
+    """A small file's content, None where there is no file; one that can't be read is a mistake, as its image is no background.
+
+    Made of bare system calls: open() takes twice as long.
+    """
     try:
         descriptor = os.open(path, _READ_ONLY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        mistakes.append(f"{path}: can't be read: {error.strerror}")
+        return b""
     try:
         text = os.read(descriptor, _BUFFER)
         while len(text) and len(text) % _BUFFER == 0:

@@ -34,6 +34,7 @@ class VideoWriter:
         self._error: Exception | None = None
         self._file = contextlib.ExitStack()
         self._temporary = self._file.enter_context(atomic_write(self.path))
+        fps = round(fps, 3 if fps < 65 else 2 if fps < 650 else 0)  # MPEG-4 counts time in 1/65535 s at the finest
         self._encoder = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
         if not self._encoder.isOpened():
             self._discard()

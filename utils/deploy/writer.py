@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
+import math
 import queue
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from utils.files import atomic_write
 
 _WAITING = 2  # results not yet drawn: enough to overlap with inference, little memory
 _WRITABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # other images are written as .jpg
+_LONGEST_GAP_S = 10  # that a live video is held still for
 _COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2")
 
 
@@ -61,6 +65,7 @@ class ResultWriter:
         self._stems = _Stems()
         self._video: VideoWriter | None = None
         self._video_of: tuple[str, tuple[int, int]] | None = None
+        self._last_index = -1  # of the frame that the video shows
         self._error: BaseException | None = None
         self._abandoned = False
         self._queue: queue.Queue[tuple[Frame, Result] | None] = queue.Queue(_WAITING)
@@ -116,7 +121,7 @@ class ResultWriter:
             pass
 
     def _write(self, frame: Frame, result: Result, table: csv.writer | None) -> None:
-        out, stem = self.outputs, self._stems.of(frame.path)
+        out, stem = self.outputs, self._stems.of(frame.path, frame.video is not None)
         name = stem if frame.video is None else f"{stem}_{frame.index + 1}"
         if out.images:
             self._write_picture(frame, result.plot(*out.style), stem)
@@ -142,8 +147,11 @@ class ResultWriter:
             if frame.index:  # a stream that came back in another size
                 path = path.with_stem(f"{stem}_from_{frame.index + 1}")
             self._video = VideoWriter(path, frame.video.fps / self.outputs.vid_stride, size)
-            self._video_of = (frame.path, size)
-        self._video.write(image)
+            self._video_of, self._last_index = (frame.path, size), frame.index - 1
+        # A live source drops what nobody took in time: each frame stays as long as it was the latest, so that the video lasts as long as life did.
+        for _ in range(min(frame.index - self._last_index, math.ceil(_LONGEST_GAP_S * frame.video.fps))):
+            self._video.write(image)
+        self._last_index = frame.index
 
     def _end_video(self, *exception: object) -> None:
         video, self._video, self._video_of = self._video, None, None
@@ -152,7 +160,7 @@ class ResultWriter:
 
     def _open_table(self, files: contextlib.ExitStack) -> csv.writer:
         temporary = files.enter_context(atomic_write(self.folder / "predictions.csv"))
-        file = files.enter_context(open(temporary, "w", newline="", encoding="utf-8"))  # noqa: SIM115  (the stack closes it)
+        file = files.enter_context(open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape"))  # noqa: SIM115  (the stack closes it)
         table = csv.writer(file)
         table.writerow(_COLUMNS)
         return table
@@ -161,8 +169,9 @@ class ResultWriter:
 def save_crops(folder: Path, name: str, result: Result) -> None:
     """folder/CLASS/name.jpg for each box, then name2.jpg, name3.jpg…; a file that exists is left alone."""
     next_number: dict[Path, int] = {}
+    folders = _class_folders(tuple(result.names))
     for cls, crop in zip(result.found.cls, result.crop(), strict=True):
-        place = folder / file_name(result.names[cls])
+        place = folder / folders[cls]
         place.mkdir(parents=True, exist_ok=True)
         number = next_number.get(place, 1)
         while (path := place / f"{name}{number if number > 1 else ''}.jpg").exists():
@@ -173,23 +182,44 @@ def save_crops(folder: Path, name: str, result: Result) -> None:
 
 def file_name(text: str) -> str:
     """`text` as one part of a path: a class or a stream may be called anything."""
-    return re.sub(r"[^\w .-]+", "_", text).strip(" .") or "_"
+    return re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]+', "_", text).strip(" .") or "_"
+
+
+@functools.lru_cache(16)
+def _class_folders(names: tuple[str, ...]) -> list[str]:
+    """Each its own, on disks too that don't tell capitals."""
+    folders = [file_name(name) for name in names]
+    count = Counter(map(str.casefold, folders))
+    return [folder if count[folder.casefold()] == 1 else f"{folder}_{n}" for n, folder in enumerate(folders)]
 
 
 class _Stems:
-    """A file name for each source, without suffix; of two sources of one name the second gets a number."""
+    """A file name for each source, without suffix, a file's own where it can be; of two sources of one name the second gets a number.
+
+    A video's frames are numbered behind its name, so that no image may be called like one of them.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, str] = {}
         self._taken: set[str] = set()
+        self._videos: set[str] = set()
 
-    def of(self, path: str) -> str:
+    def of(self, path: str, is_video: bool = False) -> str:
         if path not in self._of:
-            base = file_name(Path(path).stem if Path(path).suffix and "://" not in path else path)
+            base = Path(path).stem if Path(path).suffix and "://" not in path else file_name(path)
             stem, n = base, 1
-            while stem.casefold() in self._taken:
+            mark = "-" if not is_video and base.casefold() in self._videos else "_"
+            while self._meets(stem.casefold(), is_video):
                 n += 1
-                stem = f"{base}_{n}"
+                stem = f"{base}{mark}{n}"
             self._taken.add(stem.casefold())
+            if is_video:
+                self._videos.add(stem.casefold())
             self._of[path] = stem
         return self._of[path]
+
+    def _meets(self, stem: str, is_video: bool) -> bool:
+        if is_video:
+            return stem in self._taken or any(name.startswith(f"{stem}_") and name[len(stem) + 1 :].isdecimal() for name in self._taken)
+        head, _, number = stem.rpartition("_")
+        return stem in self._taken or (number.isdecimal() and head in self._videos)

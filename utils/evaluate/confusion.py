@@ -21,8 +21,8 @@ def confusion_matrix(
     """
     sure = [Detections(d.xyxy[keep], d.conf[keep], d.cls[keep]) for d in detections for keep in [np.asarray(d.conf) >= conf]]
     matches = match(
-        [t._replace(cls=np.zeros(len(t.cls), int)) for t in truths], [d._replace(cls=np.zeros(len(d.cls), int)) for d in sure], np.array([iou])
-    )
+        [t._replace(cls=np.zeros(len(t.cls), int)) for t in truths], [d._replace(cls=np.zeros(len(d.cls), int)) for d in sure], np.array([iou]),
+        most=None)
     true = np.concatenate([t.cls for t in truths] or [[]]).astype(int)
     predicted = np.concatenate([d.cls for d in sure] or [[]]).astype(int)[matches.source]
     (counted,) = matches.counted

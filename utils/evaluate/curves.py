@@ -40,14 +40,17 @@ def curves(truths: Sequence[Truth], detections: Sequence[Detections], num_classe
 
     COCO's greedy rule at one IoU: in falling confidence each detection takes the best free truth of its image and class. Because of that order,
     the assignment at a higher confidence threshold is the same, cut off: one pass serves all thresholds. What matches only a crowd is left out.
+    Precision against recall stops at COCO's 100 detections of a class on an image, as mAP does; the curves against confidence count all.
     """
     matches = match(truths, detections, np.array([iou]))
+    everything = match(truths, detections, np.array([iou]), most=None) if len(matches.conf) < sum(len(d.cls) for d in detections) else matches
     precision, recall = np.full((2, num_classes, len(CONFIDENCE)), np.nan)
     pr_precision = np.full((num_classes, len(RECALL)), np.nan)
     for k in range(num_classes):
         conf, right, wrong, (positives,) = matches.of_class(k)
         if positives:
             pr_precision[k] = precision_at_recall(right[0], wrong[0], positives)[0]
+            conf, right, wrong, _ = everything.of_class(k)
             hits, misses = (np.append(0, flags[0, 0].cumsum())[len(conf) - np.searchsorted(conf[::-1], CONFIDENCE)] for flags in (right, wrong))
             nothing = 1.0 if (right | wrong).any() else 0.0
             precision[k] = np.where(hits + misses > 0, hits / np.maximum(hits + misses, 1), nothing)

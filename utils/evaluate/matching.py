@@ -46,7 +46,7 @@ def to_detections(boxes: np.ndarray, letterbox: Letterbox) -> Detections:
 class Matches(NamedTuple):
     """Detections of all images, sorted by class and within it by falling confidence (ties: by image, then as given), and what each took.
 
-    Detections beyond `MAX_DETECTIONS` of a class on an image are gone. A *candidate* overlaps a truth of its class by the lowest threshold.
+    Detections beyond the most of a class on an image are gone. A *candidate* overlaps a truth of its class by the lowest threshold.
     """
 
     conf: np.ndarray  # (N,)
@@ -73,7 +73,9 @@ class Matches(NamedTuple):
         return self.conf[first:last], right, wrong, self.counted[:, self.truth_cls == k].sum(1)
 
 
-def match(truths: Sequence[Truth], detections: Sequence[Detections], iou: np.ndarray, area_ranges: np.ndarray = ALL_SIZES) -> Matches:
+def match(
+    truths: Sequence[Truth], detections: Sequence[Detections], iou: np.ndarray, area_ranges: np.ndarray = ALL_SIZES, most: int | None = MAX_DETECTIONS
+) -> Matches:
     """Assign detections to truths by COCO's rule.
 
     Args:
@@ -81,6 +83,7 @@ def match(truths: Sequence[Truth], detections: Sequence[Detections], iou: np.nda
         detections: of the same images, in the same order.
         iou: (T,) rising thresholds.
         area_ranges: (A, 2) px^2, both ends included.
+        most: detections of a class on an image; None: all.
 
     Raises:
         ValueError: not as many truths as detections.
@@ -97,7 +100,8 @@ def match(truths: Sequence[Truth], detections: Sequence[Detections], iou: np.nda
     conf = _concatenate([d.conf for d in detections], float)
     group, truth_group = cls * len(truths) + image, truth_cls * len(truths) + truth_image
     order = np.lexsort((-conf, group))
-    order = order[_rank(group[order]) < MAX_DETECTIONS]
+    if most is not None:
+        order = order[_rank(group[order]) < most]
     order = order[np.lexsort((-conf[order], cls[order]))]  # over images now; stable, so ties stay in the images' order
 
     boxes = boxes[:, order]

@@ -35,11 +35,22 @@ def save_labels(folder: Path, name: str, found: Detections, size: np.ndarray, wi
 
 def save_txt(folder: Path, result: ValResult, split: Split, with_conf: bool) -> None:
     """labels/NAME.txt for each image; where names repeat in several folders, labels/NAME_2.txt and so on."""
-    seen: dict[str, int] = {}
+    names = _unique([Path(image).stem for image in split.images])
     for index, found in zip(result.indices, result.detections, strict=True):
-        stem = Path(split.images[index]).stem
-        seen[stem] = seen.get(stem, 0) + 1
-        save_labels(folder / "labels", stem if seen[stem] == 1 else f"{stem}_{seen[stem]}", found, split.sizes[index], with_conf)
+        save_labels(folder / "labels", names[index], found, split.sizes[index], with_conf)
+
+
+def _unique(stems: list[str]) -> list[str]:
+    """The first of a name keeps it, in the order of the split; the others get the next number that no other image is called."""
+    own, taken, names = set(stems), set(), []
+    for stem in stems:
+        name, n = stem, 1
+        while name in taken or (n > 1 and name in own):
+            n += 1
+            name = f"{stem}_{n}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def save_json(path: Path, result: ValResult, split: Split) -> None:

@@ -1,7 +1,6 @@
 """TFLite files: a graph for phones and boards with its metadata as an archive behind it; run by LiteRT's Python package."""
 from __future__ import annotations
 
-import json
 import threading
 import zipfile
 from pathlib import Path
@@ -28,7 +27,7 @@ def stamp_tflite(path: Path, metadata: ExportMetadata) -> None:
     names, a line each, as its example programs read them."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_METADATA, metadata.to_props()[KEY])
-        archive.writestr(_LABELS, "".join(f"{json.dumps(name)[1:-1]}\n" for name in metadata.names))
+        archive.writestr(_LABELS, "".join(f"{' '.join(name.split())}\n" for name in metadata.names))
 
 
 class TfliteSession:
