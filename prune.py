@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig
+from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, for_next
 from utils.errors import UserError, script
 from utils.flags import parse
 from utils.threads import wait_politely
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split, _ = open_splits(config, ("train", "val"))  # val for the comparison in the end
         check_classes(model.names, split.names, config.single_cls, config.weights)
         slices = open_slices(split, config, imgsz, model.pad_stride)
-    graph = channel_graph(model)
+    graph = channel_graph(model, imgsz)
     pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz))
     folder = new_run_dir(config.project, config.name, config.exist_ok)
     whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / _PRUNED))
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_pruned(folder / _PRUNED, left, imgsz)
     report(pruning, plan, folder)
     comparison.run()
-    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} --hyp hyp.finetune.yaml "
-         f"--data {config.data or 'DATA.yaml'} --imgsz {imgsz} --epochs 50")
+    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} "
+         f"--data {config.data or 'DATA.yaml'} --epochs 50{for_next(config)}")
     return 1 if comparison.failed else 0
 
 

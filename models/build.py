@@ -73,6 +73,7 @@ def narrow_rows(spec: ModelSpec, modules: Sequence[nn.Module]) -> list[tuple[Any
         UserError: a layer that is not there, or numbers that don't fit each other.
     """
     narrow(nn.ModuleList(modules), spec.widths, spec.origin)
+    slice_strided(nn.ModuleList(modules))  # what had channels enough may have few now
     kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, _DRY_RUN_PX, _DRY_RUN_PX)}
     work = _Work()
     for layer, module in zip(spec.layers, modules, strict=True):

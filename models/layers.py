@@ -44,10 +44,11 @@ class SlicedConv2d(nn.Conv2d):
 def slice_strided(module: nn.Module) -> None:
     """Make strided 1x1 convolutions of few channels, such as an image's, sliced ones, in place.
 
-    On a CPU, in fp32 and channels last, oneDNN's gradient of them overruns its buffer and kills the process (uxlfoundation/oneDNN issue 6035).
+    On a CPU, in fp32 and channels last, oneDNN's gradient of them overruns its buffer and kills the process (uxlfoundation/oneDNN issue 6035):
+    of fewer than 8 with AVX2, than 16 with AVX-512.
     """
     for conv in module.modules():
-        if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and max(conv.stride) > 1 and conv.padding == (0, 0) and conv.in_channels < 8:
+        if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and max(conv.stride) > 1 and conv.padding == (0, 0) and conv.in_channels < 16:
             conv.__class__ = SlicedConv2d  # the same parameters under the same names
 
 

@@ -18,10 +18,14 @@ _ROUNDS = 6
 _ROWS = "model."  # prefix of the rows' names, which a spec leaves out
 
 
-def channel_graph(model: DetectionModel) -> ChannelGraph:
-    """The removable channels of a detector."""
+def channel_graph(model: DetectionModel, imgsz: int = 0) -> ChannelGraph:
+    """The removable channels of a detector, and what each costs.
+
+    Args:
+        imgsz: pixels that costs are of: a squeeze-and-excitation block costs the same at any size, all else grows with it. 0: no matter.
+    """
     model = model.eval()
-    side = 2 * model.max_stride
+    side = max(imgsz, 2 * model.max_stride)
     trace = trace_channels(model, torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
     return ChannelGraph(trace, {key: tensor.shape for key, tensor in model.state_dict().items()})
 

@@ -10,7 +10,7 @@ import torch
 from tiny import lively, tiny_model
 from torch import nn
 
-from utils.compress.sensitivity import Sensitivity, layer_sensitivities, output_sqnr_db, write_sensitivities
+from utils.compress.sensitivity import Sensitivity, _channel_mean, layer_sensitivities, output_sqnr_db, write_sensitivities
 from utils.plots.sensitivity import draw_sensitivities
 
 
@@ -72,3 +72,10 @@ def test_table_and_picture(tmp_path: Path):
     for kept in ((), ("model.0.$conv",)):
         draw_sensitivities(tmp_path / "a.png", found, kept, "a_network.pt: $one$")
         assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_the_mean_of_a_channel_is_over_all_else() -> None:
+    """Swin's linear layers read maps with the channels last."""
+    output = torch.randn(2, 4, 5, 7)
+    torch.testing.assert_close(_channel_mean(nn.Linear(3, 7), output), output.flatten(0, 2).mean(0))
+    torch.testing.assert_close(_channel_mean(nn.Conv2d(3, 4, 1), output).flatten(), output.transpose(0, 1).flatten(1).mean(1))

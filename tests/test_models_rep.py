@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from transplant import assert_same, assert_same_stages, assert_trains, backbone, images, lived_in, norms, parameters
 
 from models.layers import SlicedConv2d, slice_strided
+from models.prune import channel_graph, remove_channels
 from models.rep import RepGhostBneck, RepGhostModule, RepVGGBlock, merge_branches
 from models.spec import load_spec
 from models.summary import count_gflops
 from models.yolo import DetectionModel
+from utils.compress.importance import l1
+from utils.compress.plan import Limits, best_of, uniform
 
 YAMLS = Path(__file__).resolve().parents[1] / "models"
 MERGED = re.compile(r"^# Trained with parallel branches; run with one convolution it has ([\d,]+) parameters and ([\d.]+) GFLOPs\.$", re.MULTILINE)
@@ -125,6 +129,21 @@ def test_merged_size_is_in_the_header(name):
 def test_gradients_flow(block):
     torch.manual_seed(0)
     assert_trains(lived_in(block()), torch.randn(2, 8, 8, 6))
+
+
+def test_what_is_narrowed_is_sliced_too(tmp_path):
+    """A strided 1x1 convolution that has channels enough before pruning, and too few for oneDNN's gradient afterwards."""
+    rows = [[-1, 1, "RepVGGBlock", [32, 2]] for _ in range(5)]
+    content = {"nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": 3, "backbone": rows, "head": [[[4], 1, "Detect", ["nc", "anchors"]]]}
+    (tmp_path / "rep.yaml").write_text(yaml.safe_dump(content))
+    model = DetectionModel(load_spec(str(tmp_path / "rep.yaml"), 2), ("a", "b")).eval()
+    graph = channel_graph(model)
+    assert type(model.model[1].conv_1x1.conv) is nn.Conv2d
+    left = remove_channels(model, graph, best_of(graph, uniform(graph, Limits(0.1, 1))(0.2), l1(graph, model.state_dict())))
+    sliced = [row.conv_1x1.conv for row in left.model[1:-1]]
+    assert all(type(conv) is SlicedConv2d and conv.in_channels < 16 for conv in sliced)
+    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    sum(raw.square().sum() for raw in left.train()(images)).backward()
 
 
 def test_gradients_of_an_image_with_channels_last():

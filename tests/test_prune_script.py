@@ -30,14 +30,14 @@ from models.yolo import DetectionModel, build_for_training, load_model
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
 from utils.compress.importance import l1
 from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
-from utils.compress.pruning import open_slices
+from utils.compress.pruning import _even, open_slices
 from utils.compress.report import save_pruned
 from utils.config import PruneConfig
 from utils.data.open import val_loader
 from utils.errors import UserError
 from utils.evaluate.validate import validate
-from utils.files import ROOT
-from utils.hyp import Hyp
+from utils.files import ROOT, read_yaml
+from utils.hyp import Hyp, load_hyp
 from utils.measure.runtimes import RUNTIMES
 from utils.training.loss import DetectionLoss
 
@@ -186,6 +186,22 @@ def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.Monkey
     assert all(candidate["costs"]["flops"] <= content["measured"]["flops"] < 0.7 for candidate in content["candidates"])
 
 
+def test_the_first_plan_is_the_one_that_was_fast_enough(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr("utils.compress.pruning.Pruning._fast_enough", lambda self, best, *_: chosen.append(best[2]) or best[2])
+    monkeypatch.setattr("models.prune.latency_share", lambda *_: lambda keep: keep.mean())
+    assert run(place, "--target-latency", "0.7", "--name", "fast", "--noplots", "--candidates", "3", "--round-to", "1") == 0
+    folder = place / "runs" / "fast"
+    plans = [read_yaml(folder / "plans" / f"{n}.yaml") for n in (1, 2, 3)]
+    assert plans[0]["candidate"] == chosen[0].number and plans[0]["score"] <= plans[2]["score"] <= plans[1]["score"]
+    assert run(place, "--plan", str(folder / "plans" / "1.yaml"), "--name", "first-plan", "--noplots") == 0
+    assert same(*(load_model(str(place / "runs" / name / "pruned.pt")) for name in ("fast", "first-plan")))
+
+
+def test_batches_that_estimate_are_of_one_size() -> None:
+    assert [_even(n) for n in (1, 16, 17, 102, 128)] == [1, 16, 9, 15, 16]
+
+
 def test_what_it_wrote_goes_on_to_every_script(place: Path) -> None:
     flags = ["--device", "cpu", "--precision", "fp32"]
     data = ["--data", str(place / "tiny_data.yaml"), "--workers", "0", "--noplots", "--imgsz", "64"]
@@ -198,8 +214,10 @@ def test_what_it_wrote_goes_on_to_every_script(place: Path) -> None:
     both = [str(place / "tiny.pt"), str(pruned)]
     assert compare.main(["--weights", *both, *data, *flags, "--runtimes", "PyTorch fp32", "--project", str(place / "compare")]) == 0
     training = [*data, *flags, "--batch-size", "8", "--epochs", "1", "--project", str(place / "train")]
-    assert train.main(["--weights", str(pruned), "--hyp", "hyp.finetune.yaml", *training, "--name", "tuned"]) == 0
+    assert train.main(["--weights", str(pruned), *(word for word in training if word not in ("--imgsz", "64")), "--name", "tuned"]) == 0
     weights = place / "train" / "tuned" / "weights"
+    settings = load_checkpoint(weights / "last.pt").training
+    assert settings["hyp"]["lr0"] == load_hyp("hyp.finetune.yaml").lr0 and settings["config"]["imgsz"] == 64  # of what was pruned
     assert train.main(["--resume", str(weights / "last.pt"), "--epochs", "2"]) == 0
     assert load_checkpoint(weights / "best.pt").spec["widths"] == widths
     assert train.main(["--cfg", str(pruned.with_suffix(".yaml")), *training, "--name", "scratch"]) == 0

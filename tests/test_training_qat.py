@@ -152,7 +152,7 @@ def flags(place: Path, name: str, *extra: str) -> list[str]:
 def whole(place: Path) -> Path:
     """A run that nothing interrupted."""
     torch.set_num_threads(1)
-    assert train.main(flags(place, "whole")) == 0
+    assert train.main(flags(place, "whole", "--save-period", "1")) == 0
     return place / "runs" / "whole"
 
 
@@ -162,6 +162,8 @@ def test_a_run(place: Path, whole: Path):
     opt = yaml.safe_load((whole / "opt.yaml").read_text())
     assert (opt["imgsz"], opt["precision"], opt["noautoanchor"], opt["hyp"]) == (SIDE, "fp32", True, "hyp.qat.yaml")
     best, last = (load_checkpoint(whole / "weights" / name) for name in ("best.pt", "last.pt"))
+    kept = load_checkpoint(whole / "weights" / "epoch2.pt").state_dict
+    assert {value.dtype for value in kept.values() if value.is_floating_point()} == {torch.float32}  # fp16 would be other steps
     assert {t.dtype for t in best.state_dict.values() if t.is_floating_point()} == {torch.float32}, "fp16 would round anew"
     assert best.spec["fused"] is True and best.spec == last.spec and best.imgsz == SIDE
     assert not any("bn" in key for key in best.state_dict) and "model.0.conv.bias" in best.state_dict

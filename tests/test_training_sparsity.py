@@ -16,12 +16,14 @@ from models.prune import channel_graph, remove_channels
 from models.spec import load_spec
 from models.yolo import DetectionModel, load_model
 from train import main
+from utils.checkpoint import load_checkpoint
 from utils.compress.importance import fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
 from utils.config import TrainConfig
 from utils.errors import UserError
 from utils.training.optim import freeze_rows
 from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning, build_sparsity
+from utils.training.state import TrainState
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
@@ -129,3 +131,6 @@ def test_the_scales_are_drawn(tmp_path):
     words = [word for word in train_flags(tmp_path) if word != "--noplots"]
     assert main([*words, "--slim", "0.01"]) == 0
     assert (tmp_path / "runs/exp/gammas.png").stat().st_size > 5000
+    training = load_checkpoint(tmp_path / "runs/exp/weights/last.pt").training
+    assert training["gammas"].ndim == 2  # one value in the file however many epochs
+    assert TrainState.from_dict(training, "last.pt").gammas == training["gammas"].tolist() != []

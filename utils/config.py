@@ -62,6 +62,12 @@ class DataOptions(DataRoot):
     single_cls: bool = option(False, "treat all classes as one")
 
 
+def for_next(options: DataOptions) -> str:
+    """What the command that a script recommends as the next one must say too."""
+    flags = [f" --{name.replace('_', '-')} {value}" for name in ("plugin", "data_root") if (value := getattr(options, name, ""))]
+    return "".join(flags) + (" --single-cls" if options.single_cls else "")
+
+
 @dataclass(frozen=True)
 class TrainConfig(DataOptions, NewRun):
     cfg: str = option("", "model YAML, found as given, in models/, models/hub/ or models/timm/")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,14 @@ def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> S
             info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
     order = np.random.default_rng(config.seed).permutation(total).tolist()
     own, held = split.take(order[:first]), split.take(order[first : first + config.held_out] if searches else [])
-    batches, held_batches = (list(val_loader(part, imgsz, _BATCH, stride, 0, torch.device("cpu"))) if part.images else [] for part in (own, held))
+    batches, held_batches = (list(val_loader(part, imgsz, _even(len(part.images)), stride, 0, torch.device("cpu"))) if part.images else []
+                             for part in (own, held))
     return Slices([batch.images for batch in batches], held_batches, held, imgsz)
+
+
+def _even(images: int) -> int:
+    """A batch size that leaves no small batch: each has the same say in a batch norm's mean."""
+    return math.ceil(images / math.ceil(images / _BATCH))
 
 
 def _searches(config: PruneConfig) -> bool:
@@ -190,10 +197,13 @@ class Pruning:
             return plan, {name: self.costs[name](plan) for name in ("flops", "params")}
 
         best = search.run(config.candidates, draw, lambda plan: self.score(self.left(plan)))
+        if latency:
+            chosen = self._fast_enough(best, latency, search)
+            best = [chosen, *(candidate for candidate in best if candidate is not chosen)]
         for place, candidate in enumerate(best[:_PLANS], 1):
             write_yaml(folder / "plans" / f"{place}.yaml", _as_dict(candidate))
         self.candidates = best
-        return self._fast_enough(best, latency, search).plan if latency else best[0].plan
+        return best[0].plan
 
     def _fast_enough(self, best: Sequence[Candidate], latency: float, search: Search) -> Candidate:
         """The best candidate that is: of equal FLOPs they differ in latency."""

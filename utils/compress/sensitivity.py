@@ -78,7 +78,7 @@ def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images:
     try:
         with ExitStack() as hooks:
             hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
-            hooks.enter_context(layer.register_forward_hook(lambda _, __, output: output - _channel_mean(output) + ranges.mean))
+            hooks.enter_context(layer.register_forward_hook(lambda layer, _, output: output - _channel_mean(layer, output) + ranges.mean))
             return network(images)
     finally:
         layer.weight.data = kept
@@ -86,11 +86,11 @@ def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images:
 
 def _measure_into(ranges: dict[str, _Ranges], name: str) -> Callable:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ranges[name] = _Ranges(inputs[0].amin(), inputs[0].amax(), _channel_mean(output))
+        ranges[name] = _Ranges(inputs[0].amin(), inputs[0].amax(), _channel_mean(layer, output))
 
     return hook
 
 
-def _channel_mean(output: Tensor) -> Tensor:
+def _channel_mean(layer: nn.Module, output: Tensor) -> Tensor:
     """Of (B, C, H, W), or of a linear layer's (…, C), to add to it."""
-    return output.mean((0, 2, 3), keepdim=True) if output.ndim == 4 else output.mean(tuple(range(output.ndim - 1)))
+    return output.mean(tuple(range(output.ndim - 1))) if isinstance(layer, nn.Linear) else output.mean((0, 2, 3), keepdim=True)

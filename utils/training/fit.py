@@ -15,6 +15,7 @@ import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
 from utils.compress.rounding import rounded
+from utils.config import for_next
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
@@ -130,7 +131,7 @@ class Training:
             info(f"pictures: {self.run_dir / 'results.png'}, PR_curve.png, confusion_matrix.png, val_batch0.jpg and more beside them")
         if self.quantization:
             info("scores:   as int8 computes; the file itself is made, and scored, by")
-            info(f"next:     python quantize.py --weights {best} --data {self.config.data} --to openvino    (or --to onnx)")
+            info(f"next:     python quantize.py --weights {best} --data {self.config.data} --to openvino{for_next(self.config)}    (or --to onnx)")
         else:
             info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
 
@@ -242,7 +243,7 @@ class Training:
         if state.finished and (self.config.nosave or state.best_fitness < 0):  # --noval and stopped early; what lies there is another run's
             self._save_best()
         if self.config.save_period > 0 and state.epoch % self.config.save_period == 0:
-            save_checkpoint(weights_dir / f"epoch{state.epoch}.pt", self._checkpoint(half=True))
+            save_checkpoint(weights_dir / f"epoch{state.epoch}.pt", self._checkpoint(half=self.quantization is None))
         state.model, state.optimizer = dict(self.model.state_dict()), self.stepper.optimizer.state_dict()
         if self.distillation:
             state.adapters = dict(self.distillation.adapters.state_dict())

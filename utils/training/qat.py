@@ -80,7 +80,7 @@ class QuantizationAware(nn.Module):
         Raises:
             UserError: it has too few.
         """
-        images = CalibrationImages.of(split, QuantizeConfig.calib, config.imgsz, config.seed, config.data)
+        images = CalibrationImages.of(split, QuantizeConfig.calib, config.imgsz, QuantizeConfig.seed, config.data)
         info(f"--qat: weights by channel and what {len(weighted_layers(network))} layers read are rounded to 8 bits as in int8 files, ranges from "
              f"{len(images)} training images; batch norms are folded; {config.epochs} epochs")
         return cls(network, images)

@@ -20,6 +20,7 @@ from utils.log import info
 from utils.training.qat import fine_tuning
 from utils.training.state import TrainState
 
+_AFTER_PRUNING = "hyp.finetune.yaml"
 _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
 
 
@@ -40,7 +41,7 @@ def new_run(given: dict[str, Any]) -> Run:
     Raises:
         UserError: a file is not there, or a teacher's settings are given without one, or leave nothing to learn from it; or what --qat can't do.
     """
-    given = fine_tuning(given) if given.get("qat") else given
+    given = fine_tuning(given) if given.get("qat") else _after_pruning(given)
     config = TrainConfig(**given)
     _check_teacher(config, given)
     if config.rect and config.image_weights:
@@ -49,6 +50,19 @@ def new_run(given: dict[str, Any]) -> Run:
     paths["teacher"] = _find_teachers(config)
     paths |= {name: os.path.abspath(value) for name in ("data_root", "plugin") if (value := getattr(config, name))}
     return Run(dataclasses.replace(config, **paths), load_hyp(config.hyp))
+
+
+def _after_pruning(given: dict[str, Any]) -> dict[str, Any]:
+    """The command line, and where it says nothing what suits what prune.py left of a trained network."""
+    if not given.get("weights") or given.get("cfg"):
+        return given
+    checkpoint = load_checkpoint(find_checkpoint(given["weights"]))
+    if not checkpoint.spec.get("widths"):
+        return given
+    suited = {"hyp": _AFTER_PRUNING, "imgsz": checkpoint.imgsz or TrainConfig.imgsz}
+    if chosen := [f"--{name} {value}" for name, value in suited.items() if name not in given]:
+        info(f"{given['weights']}: pruned, so trained on with {' '.join(chosen)}")
+    return suited | given
 
 
 def _check_teacher(config: TrainConfig, given: dict[str, Any]) -> None:

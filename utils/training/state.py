@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from utils.errors import UserError
@@ -31,13 +32,16 @@ class TrainState:
     finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        return content | {"gammas": torch.tensor(self.gammas)}  # one value, whatever the number of epochs: a checkpoint holds only so many
 
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None, origin: str) -> TrainState:
         if content is None:
             raise UserError(f"{origin}: holds no training state (a best.pt?): --resume needs a run's last.pt")
         try:
-            return cls(**content)
+            state = cls(**content)
+            state.gammas = torch.as_tensor(state.gammas).tolist()
+            return state
         except TypeError as error:
             raise UserError(f"{origin}: its training state is of another version: {error}: start anew with --weights {origin}") from None
