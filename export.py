@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formats = choose_formats(config.include)
     device = select_device(config.device)
     load_plugin(config.plugin)
-    weights, model, trained_at = open_checkpoint(config.weights)
+    weights, model, trained_at, _ = open_checkpoint(config.weights)
     network = model.fused().requires_grad_(False)
     images = check_images(config.data, config.data_root)
     sides = config.imgsz or (trained_at or DEFAULT_IMGSZ,)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     device = select_device(config.device)
     load_plugin(config.plugin)
-    weights, model, trained_at = open_checkpoint(config.weights)
+    weights, model, trained_at, _ = open_checkpoint(config.weights)
     config = dataclasses.replace(config, weights=str(weights))
     _check_folder(config)
     model.to(device, memory_format=torch.channels_last)

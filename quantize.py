@@ -35,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     kind = int8_format(config.to)
     load_plugin(config.plugin)
-    weights, model, trained_at = open_checkpoint(config.weights)
+    weights, model, trained_at, tuned = open_checkpoint(config.weights)
     config = dataclasses.replace(config, weights=str(weights))
     train, val = open_splits(config, ("train", "val"))
     check_classes(model.names, val.names, config.single_cls, config.weights)
     imgsz = model.whole_strides(config.imgsz or trained_at or DEFAULT_IMGSZ)
     network = model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
-    return 0 if Quantization(config, kind, network, train, val, imgsz, model.spec.fused).run() else 1
+    return 0 if Quantization(config, kind, network, train, val, imgsz, tuned).run() else 1
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ class Trained(NamedTuple):
         path: where the file was found; what is made of it is written beside it.
         model: float32, in eval mode, on the CPU.
         imgsz: side in pixels that it was trained for, if known.
+        int8: it was fine-tuned for int8.
     """
 
     path: Path
     model: DetectionModel
     imgsz: int | None
+    int8: bool
 
 
 def open_checkpoint(weights: str) -> Trained:
@@ -47,7 +49,7 @@ def open_checkpoint(weights: str) -> Trained:
     checkpoint = load_checkpoint(path)
     with torch.random.fork_rng(devices=()):  # building draws start values: no business of the caller's random numbers
         model = model_from_checkpoint(checkpoint, str(path))
-    return Trained(path, model, checkpoint.imgsz)
+    return Trained(path, model, checkpoint.imgsz, checkpoint.int8)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def open_weights(
                            dtype=torch.float32)
     chosen = select_device(device)
     dtype = compute_dtype(precision, chosen)
-    path, model, side = open_checkpoint(weights)
+    path, model, side, _ = open_checkpoint(weights)
     return ready(model, str(path), (side, side) if side else None, chosen, dtype)
 
 

@@ -238,6 +238,8 @@ def test_its_checkpoint_goes_on_to_every_script(place: Path, whole: Path, tmp_pa
     assert train.main(["--weights", best, *shared, "--imgsz", "64", "--epochs", "1", "--project", str(tmp_path), "--name", "plain"]) == 0
     assert prune.main(["--weights", best, "--method", "l1", "--ratio", "0.3", "--round-to", "2", "--noplots", "--project", str(tmp_path),
                        "--name", "thin", "--device", "cpu"]) == 0
+    made = best, tmp_path / "plain" / "weights" / "best.pt", tmp_path / "thin" / "pruned.pt"
+    assert [load_checkpoint(path).int8 for path in made] == [True, False, False]  # whatever comes later is not tuned any more
     left = load_model(str(tmp_path / "thin" / "pruned.pt"))
     assert left.spec.fused and left.spec.widths and left.model[0].conv.out_channels == 12
     assert train.main([*flags(place, "pruned"), "--weights", str(tmp_path / "thin" / "pruned.pt"), "--epochs", "1"]) == 0

@@ -31,6 +31,7 @@ class Checkpoint:
         state_dict: weights to infer with (EMA where trained), fp16 in best.pt.
         metrics: as measured when it was saved.
         imgsz: side in pixels that it was trained for, if known.
+        int8: the weights were fine-tuned for int8 (train.py --qat), by this file's own training.
         training: what resuming needs, tensors and plain data; None in a file for inference.
     """
 
@@ -39,6 +40,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
     imgsz: int | None = None
+    int8: bool = False
     training: dict[str, Any] | None = None
 
 
@@ -60,6 +62,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "state_dict": dict(checkpoint.state_dict),
         "metrics": {name: float(value) for name, value in checkpoint.metrics.items()},
         "imgsz": checkpoint.imgsz,
+        "int8": checkpoint.int8,
         "training": checkpoint.training,
     }
     if wrong := _ill_formed(**parts):
@@ -102,13 +105,14 @@ def _read_own(archive: Archive, content: dict[str, Any]) -> Checkpoint:
     if type(version) is not int or version > VERSION:
         newer = "a newer" if type(version) is int else "an unknown"
         raise UserError(f"{archive.path}: is of {newer} format version, this program reads up to {VERSION}: update the program")
-    parts = archive.plain({name: content.get(name) for name in ("spec", "names", "state_dict", "metrics", "imgsz", "training")})
+    content = {"int8": False, **content}  # younger than the format
+    parts = archive.plain({name: content.get(name) for name in ("spec", "names", "state_dict", "metrics", "imgsz", "int8", "training")})
     if wrong := _ill_formed(**parts):
         raise UserError(f"{archive.path}: its {' and '.join(wrong)} can't be understood: not a whole checkpoint")
     return Checkpoint(**{**parts, "names": tuple(parts["names"])})
 
 
-def _ill_formed(spec: Any, names: Any, state_dict: Any, metrics: Any, imgsz: Any, training: Any) -> list[str]:
+def _ill_formed(spec: Any, names: Any, state_dict: Any, metrics: Any, imgsz: Any, int8: Any, training: Any) -> list[str]:
     """The names of those parts that have another form than save_checkpoint gives them."""
     well_formed = {
         "spec": isinstance(spec, dict),
@@ -116,6 +120,7 @@ def _ill_formed(spec: Any, names: Any, state_dict: Any, metrics: Any, imgsz: Any
         "state_dict": _is_mapping(state_dict, Tensor),
         "metrics": _is_mapping(metrics, float),
         "imgsz": imgsz is None or (type(imgsz) is int and 0 < imgsz <= _LARGEST_IMGSZ),
+        "int8": isinstance(int8, bool),
         "training": training is None or isinstance(training, dict),
     }
     return [name for name, well in well_formed.items() if not well]

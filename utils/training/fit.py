@@ -229,7 +229,7 @@ class Training:
         weights = self.stepper.ema.model.state_dict()
         metrics = self.result.metrics() if self.result else {}
         weights = cast_floats(weights, torch.float16 if half else torch.float32)
-        return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz)
+        return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz, self.quantization is not None)
 
     def _save_best(self) -> None:
         """Always before last.pt: killed between the two, the resumed run repeats the epoch and writes the same best.pt.
