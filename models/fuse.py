@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from models.layers import SlicedConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
+_LARGER_PX = 256  # at which every network has run when it was built
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # timm's, known by name as timm may be absent: a convolution that pads by its input's size, and norms with what follows them as children.
 _TIMM_CONV, _TIMM_NORMS = "Conv2dSame", ("BatchNormAct2d", "SyncBatchNormAct")
@@ -35,8 +36,14 @@ def fold(model: nn.Module, probe_px: int = 64) -> None:
     """
     _reparameterize(model)
     parameter = next(model.parameters())
-    trace = _Trace(model)
-    trace.run(torch.zeros(1, 3, probe_px, probe_px, device=parameter.device, dtype=parameter.dtype))
+    for px in (probe_px, _LARGER_PX):
+        trace = _Trace(model)
+        try:
+            trace.run(torch.zeros(1, 3, px, px, device=parameter.device, dtype=parameter.dtype))
+            break
+        except RuntimeError:  # a block of the user's may have a least size
+            if px == _LARGER_PX:
+                raise
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for conv, norm in trace.pairs():
         setattr(*parents[conv], fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
@@ -75,11 +82,13 @@ class _Trace(TorchFunctionMode):
     def run(self, image: Tensor) -> None:
         hooks = [m.register_forward_hook(self._after_convolution) for m in self.model.modules() if _is_foldable(m)]
         hooks += [m.register_forward_pre_hook(self._before_norm) for m in self.model.modules() if _is_norm(m)]
-        with self:
-            results = self.model(image)
+        try:
+            with self:
+                results = self.model(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._use(results)
-        for hook in hooks:
-            hook.remove()
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         for norm, taken in self.norms.items():

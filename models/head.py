@@ -56,11 +56,18 @@ class Detect(nn.Module):
         """Bring pixel anchors to stride units and start the biases at the expected rates of objects and classes (RetinaNet, section 4.1)."""
         self.strides = tuple(strides)
         if self._anchors_px is not None:
-            self.anchors.copy_(self._anchors_px / torch.tensor(strides, dtype=torch.float32, device="cpu").view(-1, 1, 1))
+            pixels = in_order_of(strides, self._anchors_px)
+            self.anchors.copy_(pixels / torch.tensor(strides, dtype=torch.float32, device="cpu").view(-1, 1, 1))
         for conv, stride in zip(self.m, strides, strict=True):
             bias = conv.bias.detach().view(self.num_anchors, 5 + self.nc)
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)  # about 8 objects in a 640-pixel image
             bias[:, 5:] += math.log(0.6 / (self.nc - 0.99999))
+
+
+def in_order_of(strides: Sequence[int], anchors_px: Tensor) -> Tensor:
+    """Anchors (L, A, 2) with the small ones on the fine levels, turned round where a file lists them, or the levels, the other way."""
+    areas = anchors_px.prod(-1).mean(-1)
+    return anchors_px.flip(0) if (areas[-1] - areas[0]) * (strides[-1] - strides[0]) < 0 else anchors_px
 
 
 def decode(maps: Sequence[Tensor], anchors: Tensor, strides: Sequence[int]) -> Tensor:

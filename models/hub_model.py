@@ -11,6 +11,7 @@ from models.detector import Detector, check_options, class_numbers
 from models.weights import OpenWeights
 from utils.deploy.hub_results import HubResults
 from utils.deploy.inputs import open_pictures
+from utils.errors import UserError
 from utils.nms import NmsOptions
 
 
@@ -28,6 +29,8 @@ class HubModel:
         names: {number: name}.
         stride: image sides are multiples of it.
     """
+
+    Error = UserError  # of the package as torch.hub loaded it, which a program can't import
 
     def __init__(self, weights: OpenWeights) -> None:
         self._weights = weights

@@ -14,7 +14,7 @@ from utils.files import ROOT, did_you_mean, find_file, read_yaml
 
 IMAGE = -1  # the source row that stands for the input image
 _KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths", "fused")
-_IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing about the network here
+_IGNORED_KEYS = ("ch", "inplace", "yaml_file", "names")  # met in users' files; they say nothing new about the network here
 _DETECT = "[[17, 20, 23], 1, Detect, [nc, anchors]]"
 _LARGEST = 100_000  # of every setting
 _MOST_BLOCKS = 1000  # over all rows, repeats counted; yolov5x6 has 96
@@ -90,6 +90,8 @@ class ModelSpec:
         for key in ("backbone", "head"):
             if not isinstance(content.get(key), list) or not content[key]:
                 raise UserError(f"{origin}: '{key}:' needs a list of rows [from, number, module, args]")
+        if content.get("ch", 3) != 3:
+            raise UserError(f"{origin}: ch: {content['ch']!r}: images have 3 channels here; leave it out")
         classes = nc if nc is not None else _number(content.get("nc", 80), "nc", origin, whole=True)
         depth = _number(content.get("depth_multiple", 1.0), "depth_multiple", origin)
         width = _number(content.get("width_multiple", 1.0), "width_multiple", origin)
@@ -100,7 +102,7 @@ class ModelSpec:
         fused = content.get("fused", False)
         if not isinstance(fused, bool):
             raise UserError(f"{origin}: fused must be true or false, found {fused!r}")
-        rows = tuple(content["backbone"]), tuple(content["head"])
+        rows = tuple(content["backbone"]), (*content["head"][:-1], _in_words(content["head"][-1], content.get("nc", 80), anchors))
         words = _WORDS | {"nc": classes, "anchors": anchors}
         layers = []
         for part, part_rows in zip(("backbone", "head"), rows, strict=True):
@@ -239,6 +241,14 @@ def _check_detect(layers: list[LayerSpec], nc: int, anchors: int | tuple[tuple[f
         raise UserError(f"{last.place}: its arguments must be [nc, anchors], which stand for the file's settings; found {list(last.args)}")
     if not isinstance(anchors, int) and len(anchors) != len(last.sources):
         raise UserError(f"{last.place}: {len(last.sources)} levels but {len(anchors)} rows of anchors; give one row for each level")
+
+
+def _in_words(row: Any, nc: Any, anchors: int | tuple[tuple[float, ...], ...]) -> Any:
+    """A row of Detect with the file's own numbers as one that follows other classes and anchors."""
+    if not (isinstance(row, list | tuple) and len(row) == 4 and row[2] == "Detect" and isinstance(row[3], list | tuple) and len(row[3]) == 2):
+        return row
+    words = ("nc" if row[3][0] == nc else row[3][0], "anchors" if _as_tuples(row[3][1]) == anchors else row[3][1])
+    return [*row[:3], list(words)]
 
 
 def _as_tuples(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.build import build_rows, inputs_of, narrow_rows
 from models.fuse import fold, fuse
-from models.head import Detect, decode
+from models.head import Detect, decode, in_order_of
 from models.narrow import widths_of
 from models.spec import IMAGE, ModelSpec, load_spec
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint
@@ -73,6 +73,7 @@ class DetectionModel(nn.Module):
 
     def set_anchors(self, anchors_px: Tensor) -> None:
         """Use other anchors (levels, A, 2); the spec follows, so that a checkpoint tells them."""
+        anchors_px = in_order_of(self.strides, anchors_px)
         self.head.anchors.copy_(anchors_px.to(self.head.anchors) / self.head.anchors.new_tensor(self.strides).view(-1, 1, 1))
         levels = tuple(tuple(round(v, 2) for v in level.flatten().tolist()) for level in anchors_px)
         self.spec = dataclasses.replace(self.spec, anchors=levels)

@@ -250,3 +250,13 @@ def test_timms_networks_fold(name, convolutions):
     assert convolutions in (None, sum(isinstance(m, nn.Conv2d) for m in fused.modules()))
     images = torch.rand(2, 3, 64, 96)
     assert_same(backbone(images), fused(images))
+
+
+def test_a_block_that_needs_a_larger_image_than_the_probe():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReflectionPad2d(40)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    fused = fuse(network, probe_px=32)
+    assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(fused(images), network(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError):
+        fuse(nn.Sequential(network, nn.ReflectionPad2d(400)))

@@ -156,6 +156,44 @@ def test_anchors_given_by_their_number():
     assert model.head.anchors[0, :, 0].tolist() == pytest.approx([1.5, 1.5 * 4 ** (1 / 3), 1.5 * 4 ** (2 / 3), 6])
 
 
+@pytest.mark.parametrize(("anchors", "levels"), [("fine first", [2, 3]), ("coarse first", [2, 3]), ("fine first", [3, 2]), ("coarse first", [3, 2])])
+def test_small_anchors_are_on_the_fine_level(anchors: str, levels: list[int]):
+    """Whichever way a file lists anchors or levels; so are fitted ones."""
+    rows = [[10, 13, 16, 30], [60, 70, 80, 90]]
+    conv = [[-1, 1, "Conv", [8, 3, 2]] for _ in range(4)]
+    content = {"nc": 2, "anchors": rows if anchors == "fine first" else rows[::-1], "backbone": conv,
+               "head": [[levels, 1, "Detect", ["nc", "anchors"]]]}
+    model = DetectionModel(ModelSpec.from_dict(content, "x.yaml"))
+    by_stride = dict(zip(model.strides, model.anchors_px.flatten(1).tolist(), strict=True))
+    assert by_stride == {8: rows[0], 16: rows[1]}
+    again = model_from_checkpoint(Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())), "x.pt")
+    assert torch.equal(again.anchors_px, model.anchors_px) and again.strides == model.strides
+    model.set_anchors(torch.tensor([[[5.0, 5], [6, 6]], [[50, 50], [60, 60]]]))
+    assert dict(zip(model.strides, model.anchors_px.flatten(1).tolist(), strict=True)) == {8: [5, 5, 6, 6], 16: [50, 50, 60, 60]}
+
+
+def test_anchors_of_a_checkpoint_stay_as_they_were_trained():
+    model = tiny()
+    weights = dict(model.state_dict())
+    key = next(name for name in weights if name.endswith(".anchors"))
+    weights[key] = weights[key].flip(0)
+    assert torch.equal(model_from_checkpoint(Checkpoint(model.spec.to_dict(), model.names, weights), "x.pt").head.anchors, weights[key])
+
+
+def test_a_head_with_numbers_follows_other_classes_and_anchors():
+    content = {"nc": 80, "anchors": [[10, 13, 16, 30]], "backbone": [[-1, 1, "Conv", [8, 3, 2]]],
+               "head": [[[0], 1, "Detect", [80, [[10, 13, 16, 30]]]]]}
+    model = DetectionModel(ModelSpec.from_dict(content, "x.yaml", nc=3))
+    assert model.head.nc == 3
+    model.set_anchors(torch.tensor([[[5.0, 5], [6, 6]]]))
+    assert DetectionModel(ModelSpec.from_dict(model.spec.to_dict(), "x.pt")).anchors_px.flatten().tolist() == [5, 5, 6, 6]
+    content["head"][0][3][0] = 20
+    with pytest.raises(UserError, match=r"its arguments must be \[nc, anchors\]"):
+        ModelSpec.from_dict(content, "x.yaml")
+    with pytest.raises(UserError, match=r"^x\.yaml: ch: 1: images have 3 channels here"):
+        ModelSpec.from_dict(content | {"ch": 1}, "x.yaml")
+
+
 def test_anchors_set_are_in_the_spec_and_come_back():
     model = tiny()
     assert model.anchors_px.tolist() == [[[10, 20], [30, 40]]]

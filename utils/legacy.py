@@ -36,6 +36,8 @@ def read_legacy(archive: Archive) -> LegacyNetwork:
         raise UserError(f"{path}: holds a {model.cls}, which carries no YOLOv5 YAML: not a YOLOv5 network")
     head = list(layers.values())[-1]
     spec = {key: archive.plain(yaml[key]) for key in _SPEC_KEYS if yaml.get(key) is not None}
+    if yaml.get("ch") not in (None, 3):
+        spec["ch"] = archive.plain(yaml["ch"])  # which says why it can't be taken
     names = _names(archive.plain(model.get("names")), head.get("nc"), archive)
     spec["nc"] = len(names)
     spec["anchors"] = _anchors(archive, head) or spec.get("anchors")
