@@ -35,15 +35,10 @@ def fold(model: nn.Module, probe_px: int = 64) -> None:
     A convolution whose output has another use than its batch norm stays as it is.
     """
     _reparameterize(model)
-    parameter = next(model.parameters())
-    for px in (probe_px, _LARGER_PX):
-        trace = _Trace(model)
-        try:
-            trace.run(torch.zeros(1, 3, px, px, device=parameter.device, dtype=parameter.dtype))
-            break
-        except RuntimeError:  # a block of the user's may have a least size
-            if px == _LARGER_PX:
-                raise
+    try:
+        trace = _Trace.of(model, probe_px)
+    except RuntimeError:  # a block of the user's may have a least size
+        trace = _Trace.of(model, _LARGER_PX)
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for conv, norm in trace.pairs():
         setattr(*parents[conv], fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
@@ -78,6 +73,13 @@ class _Trace(TorchFunctionMode):
         self.outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # by id; the tensor is kept so that its id stays its own
         self.uses: dict[int, int] = {}
         self.norms: dict[nn.Module, int] = {}  # batch norm -> its input's id
+
+    @classmethod
+    def of(cls, model: nn.Module, px: int) -> _Trace:
+        """Of an image of this side."""
+        trace, parameter = cls(model), next(model.parameters())
+        trace.run(torch.zeros(1, 3, px, px, device=parameter.device, dtype=parameter.dtype))
+        return trace
 
     def run(self, image: Tensor) -> None:
         hooks = [m.register_forward_hook(self._after_convolution) for m in self.model.modules() if _is_foldable(m)]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import train_flags
+from tiny import lively, tiny_model, train_flags
 
+from models.yolo import DetectionModel
 from utils.extras import forbid_telemetry
 
 forbid_telemetry()  # tests import the packages themselves, too
@@ -30,6 +31,12 @@ def shared() -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder for all tests of a file."""
     return tmp_path_factory.mktemp(request.module.__name__)
+
+
+@pytest.fixture(scope="module")
+def tiny(place: Path) -> DetectionModel:
+    """A network with boxes of every confidence, ready to be exported."""
+    return lively(tiny_model(place))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import lively
 
@@ -10,6 +11,7 @@ import export
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.errors import UserError
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob
 from utils.export.metadata import ExportMetadata
@@ -31,3 +33,12 @@ def assert_exports(cfg: str, folder: Path, kind: str) -> None:
     assert export.main(["--weights", str(folder / "own.pt"), "--include", kind, "--imgsz", str(side)]) == 0
     images = torch.rand(1, 3, side, side)
     torch.testing.assert_close(open_network(folder / f"own{FORMATS[kind].suffix}")(images), own.decode(own(images)), rtol=1e-3, atol=5e-3)
+
+
+def assert_cut_off_is_told(file: Path, share: float, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A share of the file alone gives one line, and nothing of the runtime's own."""
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=words) as caught:
+        open_network(file)
+    assert "\n" not in str(caught.value) and "".join(capfd.readouterr()) == ""

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig
+from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig, for_next
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
@@ -235,3 +235,8 @@ def test_a_mistake_on_the_command_line_costs_no_import():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stderr == "error: unknown argument --epochz; did you mean --epochs? (--help lists all flags)\n"
+
+
+def test_what_the_next_command_must_say_too() -> None:
+    assert for_next(TrainConfig()) == ""
+    assert for_next(PruneConfig(plugin="my.py", data_root="sets", single_cls=True)) == " --plugin my.py --data-root sets --single-cls"

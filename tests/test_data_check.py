@@ -215,8 +215,10 @@ def test_refusals_in_one_line(tmp_path, server, capsys):
     assert download_module.main(["--data", str(spec_for(tmp_path, f'url: "{server}/no.zip"').file), "--data-root", str(tmp_path)]) == USER_ERROR
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "404" in error
+    (tmp_path / ".no.zip.unpacked").touch()
     with pytest.raises(UserError, match="leaves the folder"):
         download(spec_for(tmp_path, f'url: "{server}/no.zip", to: ../..'))
+    assert (tmp_path / ".no.zip.unpacked").exists()  # nor is anything removed there
     with pytest.raises(UserError, match="can't be fetched"):
         download(spec_for(tmp_path, 'url: "http://127.0.0.1:1/x.zip"'))
     (tmp_path / "sets/mine").mkdir(parents=True, exist_ok=True)

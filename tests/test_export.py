@@ -34,11 +34,6 @@ def job_of(network: DetectionModel, imgsz: tuple[int, int] = (64, 64), dynamic: 
     return ExportJob(network, ExportMetadata.of(network, imgsz, dynamic=dynamic, precision=precision, source="tiny.pt"), batch, opset=17)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> DetectionModel:
-    return lively(tiny_model(tmp_path_factory.mktemp("tiny")))
-
-
 # --- the graph -----------------------------------------------------------------------------------------------------------------------------
 
 

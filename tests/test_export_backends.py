@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import lively, tiny_model
 from torch import Tensor, nn
 
 import detect
@@ -30,11 +29,6 @@ from utils.network import TorchRunner, to_input
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
-
-
-@pytest.fixture(scope="module")
-def tiny(place) -> DetectionModel:
-    return lively(tiny_model(place))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from exporting import assert_exports, job_of
-from tiny import ANCHORS, lively, tiny_model
+from tiny import ANCHORS
 from torch import Tensor
 
 from models.weights import open_weights
@@ -25,11 +25,6 @@ for package in ("ncnn", "pnnx"):
     pytest.importorskip(package)
 CPU = torch.device("cpu")
 MODELS = Path(__file__).resolve().parents[1] / "models"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> DetectionModel:
-    return lively(tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import lively, tiny_model
 from torch import Tensor
 
 from models.yolo import DetectionModel
@@ -26,11 +25,6 @@ from utils.signals import keep_signal_stack
 onnx, onnxruntime, openvino = (pytest.importorskip(package) for package in ("onnx", "onnxruntime", "openvino"))
 CPU = torch.device("cpu")
 NMS = GraphNms(0.25, 0.45, 20)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> DetectionModel:
-    return lively(tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
 def job_of(network: DetectionModel, nms: GraphNms | None = NMS, dynamic: bool = False, opset: int = 17, source: str = "tiny.pt") -> ExportJob:

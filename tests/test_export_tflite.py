@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporting import assert_exports, job_of
-from tiny import lively, tiny_model
+from exporting import assert_cut_off_is_told, assert_exports, job_of
 
 import val
 from models.detector import Detector
-from models.yolo import DetectionModel
 from utils.errors import UserError
 from utils.export import backends, tflite
 from utils.export.backends import find_exported, is_exported, open_network
@@ -30,11 +28,6 @@ pytest.importorskip("ai_edge_litert")
 needs_converter = pytest.mark.skipif(not is_installed("litert_torch"), reason="pip install litert_torch, beside an older PyTorch")
 CPU = torch.device("cpu")
 MODELS = Path(__file__).resolve().parents[1] / "models"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> DetectionModel:
-    return lively(tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture
@@ -74,11 +67,8 @@ def test_it_takes_the_paths_of_a_checkpoint(file: Path, capfd):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_file_cut_off(share: float, file: Path, capfd):
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"tiny\.tflite: holds no light_yolo\.json of export\.py: it is cut off, or of another program, .*export it"):
-        open_network(file)
-    assert "".join(capfd.readouterr()) == ""
+    words = r"tiny\.tflite: holds no light_yolo\.json of export\.py: it is cut off, or of another program, .*export it"
+    assert_cut_off_is_told(file, share, words, capfd)
 
 
 def damaged(whole: bytes, start: int, stop: int, by: bytes) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import lively, tiny_model
+from exporting import assert_cut_off_is_told
 from torch import Tensor, nn
 
 from models.weights import open_weights
@@ -20,11 +20,6 @@ from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata
 
 IMAGES = torch.zeros(2, 3, 64, 96)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> DetectionModel:
-    return lively(tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture
@@ -80,11 +75,7 @@ def test_a_file_without_names(tiny, tmp_path: Path):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_files_cut_off(share: float, file: Path, capfd):
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"tiny\.torchscript: is no TorchScript file, or cut off"):
-        open_network(file)
-    assert "".join(capfd.readouterr()) == ""
+    assert_cut_off_is_told(file, share, r"tiny\.torchscript: is no TorchScript file, or cut off", capfd)
 
 
 def rewritten(file: Path, change) -> Path:

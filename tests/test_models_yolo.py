@@ -173,10 +173,11 @@ def test_small_anchors_are_on_the_fine_level(anchors: str, levels: list[int]):
 
 
 def test_anchors_of_a_checkpoint_stay_as_they_were_trained():
-    model = tiny()
+    model = tiny(anchors=[[10, 13, 16, 30], [60, 70, 80, 90]], head=[[[0, 1], 1, "Detect", ["nc", "anchors"]]])
     weights = dict(model.state_dict())
     key = next(name for name in weights if name.endswith(".anchors"))
     weights[key] = weights[key].flip(0)
+    assert not torch.equal(weights[key], model.head.anchors)
     assert torch.equal(model_from_checkpoint(Checkpoint(model.spec.to_dict(), model.names, weights), "x.pt").head.anchors, weights[key])
 
 

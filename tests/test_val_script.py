@@ -308,6 +308,7 @@ class FindsWhite:
 def test_label_files_of_images_of_one_name():
     """By the order of the split; nobody takes the number that is another's name."""
     assert _unique(["a", "b", "a", "a_2", "a"]) == ["a", "b", "a_3", "a_2", "a_4"]
+    assert _unique(["a", "A", "A_2"]) == ["a", "A_3", "A_2"]  # one file on many disks
 
 
 @pytest.mark.parametrize("stride", [32, 64])

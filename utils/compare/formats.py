@@ -104,9 +104,8 @@ class FormatComparison:
 
     def __init__(self, config: CompareConfig, open_weights: Open) -> None:
         self.config, self._open_weights = config, open_weights
-        plain = CompareConfig()
-        idle = [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) not in (getattr(plain, name), "cpu")]
-        if idle:
+        plain = CompareConfig(device=config.device if config.device == "cpu" else "")
+        if idle := [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) != getattr(plain, name)]:
             raise UserError(f"--formats compares one checkpoint's files, on the CPU: leave out {' '.join(idle)}")
         self.weights = find_file(config.formats, [ROOT], "weights file")
         self.rows = find_formats(self.weights)

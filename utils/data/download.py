@@ -46,15 +46,16 @@ def download(spec: DataSpec) -> Path:
     if not spec.download:
         raise UserError(f"{spec.file}: names no download: with URLs; put the data at {spec.root}")
     folders = [Path(os.path.normpath(spec.root / item.to)) for item in spec.download]
-    markers = [_marker(item, folder) for item, folder in zip(spec.download, folders, strict=True)]
-    if _missing(spec) and all(marker.exists() for marker in markers):
-        for marker in markers:  # what was unpacked has been removed
-            marker.unlink()
     for item, folder in zip(spec.download, folders, strict=True):
         if not folder.is_relative_to(spec.root.parent):
             raise UserError(f"{spec.file}: download: to: {item.to} leaves the folder of the data set; name a folder below {spec.root}")
         if not is_writable(folder):
             raise UserError(f"{folder}: not writable; name another place for data sets with --data-root or YOLO_DATASETS")
+    markers = [_marker(item, folder) for item, folder in zip(spec.download, folders, strict=True)]
+    if _missing(spec) and all(marker.exists() for marker in markers):
+        for marker in markers:  # what was unpacked has been removed
+            marker.unlink()
+    for item, folder in zip(spec.download, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         _fetch_and_unpack(item, folder)
     if missing := _missing(spec):

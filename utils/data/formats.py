@@ -68,12 +68,11 @@ def list_images(folder: Path) -> list[str]:
 
 def read_list(file: Path, root: Path) -> list[str]:
     """The non-empty lines of a list file as paths: absolute, or relative to the file's folder, or to the data set's root."""
-    places = file.parent, root
+    places = os.fspath(file.parent), os.fspath(root)
 
     def find(line: str) -> str:
-        lines = dict.fromkeys((line, line.replace("\\", "/")))  # as Windows writes it
-        paths = [os.path.normpath(place / line) for line in lines for place in places]
-        return next(filter(os.path.exists, paths), paths[1])
+        tried = (os.path.join(place, entry) for entry in (line, line.replace("\\", "/")) for place in places)  # the second as Windows writes it
+        return os.path.normpath(next(filter(os.path.exists, tried), os.path.join(places[1], line)))
 
     return [find(line) for line in _lines(file)]
 

@@ -21,6 +21,7 @@ from utils.log import info, warn
 
 _VERSION = 3  # of the rules below; raise it when they change
 _MAX_OVERSHOOT = 0.01  # of the image's side
+_SAME_ASPECT = 0.98  # ratio of two aspect ratios that rounding may leave
 _DUST = 1e-6  # what six decimals lose: cut silently
 _SHOWN = 5  # problems printed; check.py lists all
 
@@ -176,7 +177,7 @@ def _check_images(images: list[str], problems: list[str]) -> tuple[np.ndarray, n
 def _contradictions(images: Sequence[str], labelled_on: np.ndarray, sizes: np.ndarray, whole: np.ndarray) -> Iterator[str]:
     """Images that were not labelled as they are shown, and not in another resolution either: most often turned by EXIF, which the tool ignored."""
     crossed = labelled_on.astype(np.int64) * sizes[:, ::-1]
-    for n in np.flatnonzero(whole & (crossed.min(1) < 0.98 * crossed.max(1))):
+    for n in np.flatnonzero(whole & (crossed.min(1) < _SAME_ASPECT * crossed.max(1))):
         (width, height), (own_width, own_height) = labelled_on[n].astype(int), sizes[n]
         yield (f"{images[n]}: labelled on {width}x{height}, shown as {own_width}x{own_height}: its boxes may be elsewhere "
                "(did the tool ignore how EXIF turns it?)")

@@ -41,14 +41,14 @@ def save_txt(folder: Path, result: ValResult, split: Split, with_conf: bool) -> 
 
 
 def _unique(stems: list[str]) -> list[str]:
-    """The first of a name keeps it, in the order of the split; the others get the next number that no other image is called."""
-    own, taken, names = set(stems), set(), []
+    """The first of a name keeps it, in the order of the split; the others get the next number that no other image is called, in capitals or not."""
+    own, taken, names = {stem.casefold() for stem in stems}, set(), []
     for stem in stems:
         name, n = stem, 1
-        while name in taken or (n > 1 and name in own):
+        while name.casefold() in taken or (n > 1 and name.casefold() in own):
             n += 1
             name = f"{stem}_{n}"
-        taken.add(name)
+        taken.add(name.casefold())
         names.append(name)
     return names
 
