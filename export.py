@@ -1,4 +1,4 @@
-"""Export a checkpoint to other runtimes; every file is compared with it on real images before it is called done.
+"""Export a checkpoint to other runtimes; every file is compared with it on images before it is called done.
 
     python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino --data bccd.yaml
     python export.py --weights yolov5n.pt --include onnx --imgsz 384 640 --half

@@ -3,7 +3,7 @@
     python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5
     python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5 --plan runs/prune/exp/plans/2.yaml
     python prune.py --weights best.pt --method l1 --ratio 0.3
-    python train.py --weights runs/prune/exp/pruned.pt --hyp hyp.finetune.yaml --data bccd.yaml --epochs 50
+    python train.py --weights runs/prune/exp/pruned.pt --data bccd.yaml --epochs 50
 
 A search that was interrupted goes on with the same command, --exist-ok and its folder's --name. pruned.yaml beside pruned.pt has the same widths
 without the weights: train.py --cfg trains them from scratch.

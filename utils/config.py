@@ -58,7 +58,7 @@ class NewRun(Common):
 class DataOptions(DataRoot):
     data: str = option("shapes.yaml", "data YAML, found as given or in data/")
     download: bool = option(False, "fetch a missing data set from the URLs in its YAML")
-    workers: int = option(8, "loader processes, at most one for each core; 0 loads in the training process", check=NOT_NEGATIVE)
+    workers: int = option(8, "loader processes, at most one for each core; 0 loads in the main process", check=NOT_NEGATIVE)
     single_cls: bool = option(False, "treat all classes as one")
 
 
@@ -77,10 +77,12 @@ class TrainConfig(DataOptions, NewRun):
                             check=NOT_NEGATIVE)
     distill_features: float = option(0.0, "with --teacher: gain of its feature maps, channel by channel; 0 is off", check=NOT_NEGATIVE)
     teacher_imgsz: int | None = option(None, "with --teacher: its image size, pixels (default: --imgsz)", type=int, check=SIZE)
-    hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
-    epochs: int = option(100, "passes over the training images", check=POSITIVE)
+    hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/ (hyp.qat.yaml with --qat,"
+                     " hyp.finetune.yaml for pruned --weights)")
+    epochs: int = option(100, "passes over the training images (10 with --qat)", check=POSITIVE)
     batch_size: int = option(16, "images a step, over all processes; -1 fits memory", check=BATCH, aliases=("--batch",))
-    imgsz: int = option(DEFAULT_IMGSZ, "image size, pixels", check=SIZE, aliases=("--img", "--img-size"))
+    imgsz: int = option(DEFAULT_IMGSZ, "image size, pixels; --qat and pruned --weights take their own unless it is given", check=SIZE,
+                        aliases=("--img", "--img-size"))
     rect: bool = option(False, "rectangular batches of like aspect ratio, no mosaic")
     resume: str = option("", "go on with an interrupted run: its last.pt, or the newest under --project", nargs="?", const="newest",
                          metavar="last.pt")
@@ -132,7 +134,7 @@ class ValConfig(DataOptions, InferenceOptions):
     iou_thres: float = option(0.6, "non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
     max_det: int = option(300, "most boxes an image", check=POSITIVE)
     task: str = option("val", "which split to score; speed times the network on the val split", choices=("train", "val", "test", "speed"))
-    verbose: bool = option(False, "a row for each class")
+    verbose: bool = option(False, "a row for each class (up to 20 classes always)")
     save_json: bool = option(False, "write predictions.json in COCO's form")
     noplots: bool = option(False, "write no pictures")
     project: str = option("runs/val", "folder of runs")
@@ -208,7 +210,8 @@ class CompareConfig(DataOptions, Common):
     batch_size: int = option(16, "images a training step", check=POSITIVE, aliases=("--batch",))
     hyp: str = option("hyp.scratch.yaml", "hyperparameter YAML, found as given or in data/hyps/")
     batches: tuple[int, ...] = option((1, 8), "batch sizes to measure latency at", nargs="+", type=int, check=SIZES_OF_BATCH)
-    runtimes: tuple[str, ...] = option((), "measure in these only (default: each that is installed)", nargs="+", type=str)
+    runtimes: tuple[str, ...] = option((), "measure in these only: pytorchfp32 pytorchbf16 torchscript onnxruntime openvino (default: each"
+                                       " that is installed)", nargs="+", type=str)
     layers: bool = option(False, "what each row of each network costs, as table and picture")
     noplots: bool = option(False, "write no pictures")
     name: str = option("exp", "this comparison's folder inside --project; it goes on where it stopped", check=NAME)

@@ -13,7 +13,7 @@ from utils.log import info
 
 _PROBE_IMAGES = 2
 _USABLE = 0.85  # of the free memory
-_OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; measured, see docs/results.md
+_OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; measured
 _LARGEST = 512
 
 
