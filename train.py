@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
         largest = model.whole_strides(config.imgsz * 3 // 2) if config.multi_scale else config.imgsz
         dtype = compute_dtype(config.precision, device)
-        batch_size = fit_batch(model, config.batch_size, largest, device, world.size, len(train_split.images), dtype)
-        config = dataclasses.replace(config, batch_size=world.share(batch_size))
+        batch_size = fit_batch(model, config.batch_size, largest, device, world, len(train_split.images), dtype)
+        config = dataclasses.replace(config, batch_size=batch_size)
         print_summary(model, config.imgsz, device, dtype)
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)

@@ -115,8 +115,9 @@ def scripts(folder: Path) -> None:
     shown = ["--weights", best, "--imgsz", "64", "--project", str(folder / "out")]
     runs = [
         (train, flags), (train, ["--resume", best.replace("best", "last"), "--epochs", "2"]),
-        (train, [*flags[2:], "--weights", best, "--qat"]), (train, [*flags, "--teacher", best, "--distill-features", "1"]), (train, [*flags, "--slim", "1e-4"]),
-        (train, [*flags, "--soft-prune", "fpgm", "--optimizer", "AdamW", "--image-weights", "--multi-scale"]), (train, [*flags, "--rect", "--freeze", "1"]),
+        (train, [*flags[2:], "--weights", best, "--qat"]), (train, [*flags, "--teacher", best, "--distill-features", "1"]),
+        (train, [*flags, "--slim", "1e-4"]), (train, [*flags, "--rect", "--freeze", "1"]),
+        (train, [*flags, "--soft-prune", "fpgm", "--optimizer", "AdamW", "--image-weights", "--multi-scale"]),
         (val, [*shown, "--data", data, "--augment"]), (detect, [*shown, "--source", str(folder / "images/val")]),
         (prune, [*shown, "--data", data, "--target-flops", "0.7", "--candidates", "2", "--round-to", "2"]),
         (compare, [*shown[2:], "--weights", best, "--data", data, "--runtimes", "pytorchfp32"]),

@@ -27,7 +27,7 @@ def test_foreign_errors():
 
 @pytest.mark.parametrize("error", [
     UserError("ours"), OSError(28, "No space left on device"), MemoryError(), RuntimeError("CUDA out of memory. Tried"), KeyboardInterrupt(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
 ])  # fmt: skip
 def test_no_fault_of_theirs(error):
     with pytest.raises(type(error)) as raised, foreign_errors("it fails"):

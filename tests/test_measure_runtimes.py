@@ -160,7 +160,9 @@ def test_emulated_bf16_only_for_those_who_ask(native: bool, monkeypatch):
 def test_runtimes_of_the_cpu_are_left_out_on_another_device(monkeypatch):
     away = Runtime("Engine", runtimes._onnxruntime, ("os",))
     monkeypatch.setattr(runtimes, "RUNTIMES", (*RUNTIMES[:2], away))
+    monkeypatch.setattr(runtimes, "has_bf16", lambda device: device.index == 0)
     assert choose_runtimes(device="cuda:0") == ([*RUNTIMES[:2]], ["Engine: runs on the CPU only: --device cpu measures it"])
+    assert choose_runtimes(device="cuda:1")[1][0] == "PyTorch bf16: this GPU has no bf16 instructions: it would be emulated, slower than fp32"
     assert choose_runtimes(["engine"], "cpu") == ([away], [])
 
 

@@ -9,7 +9,8 @@ import pytest
 from torch.utils import backend_registration
 
 SHADOW = Path(__file__).with_name("shadow.py")
-pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="PyTorch has no devices in Python")
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch has no devices in Python")
 
 
 def test_scripts_on_another_device() -> None:

@@ -5,6 +5,7 @@ import csv
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from tiny import picture_split, tiny_model, train_flags
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
 from utils.checkpoint import load_checkpoint
 from utils.config import TrainConfig
 from utils.data.loader import EpochBatches
-from utils.device import select_device
+from utils.device import compute_dtype, select_device
 from utils.distributed import World, join_world
 from utils.errors import UserError
 from utils.files import ROOT
@@ -50,7 +52,7 @@ def learner(training: Training) -> nn.Module:
 def gathered(training: Training) -> dict[str, Tensor]:
     """The gradients of an epoch of two batches, gathered and not yet used."""
     training.stepper.backward = lambda loss, settings, images: loss.backward()
-    training.stepper.step = lambda: None
+    training.stepper.step, training.stepper.moves_next = lambda: None, lambda settings: False
     training.train_one_epoch(0)
     return {key: p.grad for key, p in learner(training).named_parameters()}
 
@@ -59,8 +61,13 @@ def in_each_process(folder: Path) -> None:
     """What torchrun starts: this file as a script."""
     torch.set_num_threads(1)
     with join_world(CPU) as world:
-        assert world.size == 2 and world.share(f"from {world.rank}") == "from 0"
-        found = [gathered(new_training(folder / f"rank{world.rank}", world, taught)) for taught in (False, True)]
+        assert world.size == 2 and world.share(f"from {world.rank}") == "from 0" and world.least(5 - world.rank) == 4
+        found, averaged = [], []
+        for taught in (False, True):
+            training = new_training(folder / f"rank{world.rank}", world, taught)
+            training.network.register_comm_hook(None, lambda _, bucket: averaged.append(bucket.index()) or allreduce_hook(None, bucket))
+            found.append(gathered(training))
+        assert averaged == [0, 0], "once for each step, however many batches it gathers"
         torch.save(found, folder / f"gradients{world.rank}.pt")
 
 
@@ -75,6 +82,33 @@ def test_a_single_process_has_no_group() -> None:
         assert world == World(0, 1) and world.share("own") == "own"
         model = torch.nn.Linear(1, 1)
         assert world.wrap(model, CPU, sync_bn=True) is model
+
+
+def test_after_an_error_no_process_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    with pytest.raises(UserError), join_world(CPU):
+        raise UserError("out of memory, here alone")
+    assert not left
+    with join_world(CPU) as world:
+        assert world == World(1, 2)
+    assert left
+
+
+@pytest.mark.parametrize(("name", "capability", "expected"), [
+    ("NVIDIA H200", (9, 0), torch.bfloat16), ("Tesla T4", (7, 5), torch.float16), ("NVIDIA GeForce RTX 2060", (7, 5), torch.float16),
+    ("NVIDIA GeForce GTX 1650", (7, 5), torch.float32), ("NVIDIA T1000 8GB", (7, 5), torch.float32),
+    ("NVIDIA GeForce GTX 1080", (6, 1), torch.float32)])  # fmt: skip
+def test_automatic_precision_of_a_gpu(name: str, capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert compute_dtype("auto", torch.device("cuda", 0)) == expected
+    assert compute_dtype("fp16", torch.device("cuda", 0)) == torch.float16
 
 
 def test_a_run_goes_on_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +162,7 @@ def test_the_first_process_goes_first() -> None:
 
 @pytest.mark.parametrize(("asked", "rank", "processes", "expected"), [
     ("", 1, 2, 1), ("0,1", 1, 2, 1), ("1,0", 1, 2, 0), ("", 0, 1, 0), ("1", 0, 1, 1), ("0", 1, 2, "names 1 for 2 processes"),
-    ("0,1", 0, 1, "use torchrun --nproc_per_node 2")])  # fmt: skip
+    ("0, 1", 1, 2, 1), ("0,1", 0, 1, "torchrun --nproc_per_node 2")])  # fmt: skip
 def test_each_process_has_a_gpu_of_its_own(asked: str, rank: int, processes: int, expected: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

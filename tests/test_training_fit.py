@@ -20,6 +20,7 @@ from tiny import model_yaml, tiny_model
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.distributed import World
 from utils.errors import UserError
 from utils.network import to_input
 from utils.training import engine
@@ -307,7 +308,7 @@ def test_multi_scale_sizes() -> None:
     assert same_size(0, images) is images
 
 
-def test_batch_that_fits_memory(tmp_path: Path) -> None:
+def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     each = bytes_per_image(model, 64, CPU)
@@ -315,14 +316,16 @@ def test_batch_that_fits_memory(tmp_path: Path) -> None:
     assert differing(before, dict(model.state_dict())) == [] and model.training
     maps = 8 * (32**2 + 16**2 + 8**2 + 4**2 + 2**2) * 4  # the convolutions' outputs, float32; batch norm and SiLU keep their own
     assert 2 * maps < each < 8 * maps
-    assert fit_batch(model, -1, 64, CPU, 1, images=10) == 10
-    assert fit_batch(model, -1, 64, CPU, 1, images=100_000) == 512
-    assert fit_batch(model, -1, 64, CPU, 2, images=7) == 6 and fit_batch(model, -1, 64, CPU, 2, images=1) == 2
-    assert fit_batch(model, 16, 64, CPU, 1, images=10) == 16
+    alone, two = World(), World(0, 2)
+    monkeypatch.setattr(World, "least", lambda world, number: number)
+    assert fit_batch(model, -1, 64, CPU, alone, images=10) == 10
+    assert fit_batch(model, -1, 64, CPU, alone, images=100_000) == 512
+    assert fit_batch(model, -1, 64, CPU, two, images=7) == 6 and fit_batch(model, -1, 64, CPU, two, images=1) == 2
+    assert fit_batch(model, 16, 64, CPU, alone, images=10) == 16
     with pytest.raises(UserError, match=r"--batch-size 1000000 at 64 px needs about .* GB a process, .* use --batch-size \d+ or less"):
-        fit_batch(model, 1_000_000, 64, CPU, 1, images=10)
+        fit_batch(model, 1_000_000, 64, CPU, alone, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
-        fit_batch(model, 5, 64, CPU, 2, images=10)
+        fit_batch(model, 5, 64, CPU, two, images=10)
     assert bytes_per_image(model, 64, CPU, torch.bfloat16) < 0.8 * each
 
 
@@ -345,3 +348,15 @@ def test_image_chances():
     many = image_chances(SimpleNamespace(names=split.names, boxes=split.boxes * 1000), [0.5, 0])
     np.testing.assert_allclose(many[:3] / many[0], chances / chances[0])
     assert image_chances(SimpleNamespace(names=split.names, boxes=[empty]), []).tolist() == [1e-3]
+
+
+def test_a_gpu_is_given_the_benefit_of_the_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The estimate's allowance was measured on a CPU; out of memory is told in a line there, and kills the process here."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr("utils.training.memory.bytes_per_image", lambda *_: 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**27, 2**27))
+    model = tiny_model(tmp_path)
+    assert fit_batch(model, 128, 64, cuda, World(), images=10) == 128
+    assert "use --batch-size 108 or less" in capsys.readouterr().err
+    with pytest.raises(UserError, match="use --batch-size 108 or less"):
+        fit_batch(model, 256, 64, cuda, World(), images=10)

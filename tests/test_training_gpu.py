@@ -17,6 +17,7 @@ from utils.data.dataset import Batch, TrainDataset, scaled_sizes
 from utils.data.imagecache import ImageCache
 from utils.data.loader import EpochBatches, make_loader
 from utils.device import autocast
+from utils.distributed import World
 from utils.hyp import Hyp
 from utils.network import to_input
 from utils.training.ema import ModelEma
@@ -126,7 +127,7 @@ def test_a_saved_optimizer_goes_on_alike(tmp_path: Path, name: str) -> None:
 
 def test_batch_that_fits_the_device(tmp_path: Path) -> None:
     model = tiny_model(tmp_path).to(CUDA)
-    assert fit_batch(model, -1, 64, CUDA, 1, images=20) == 20
+    assert fit_batch(model, -1, 64, CUDA, World(), images=20) == 20
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -12,6 +14,7 @@ from utils.errors import UserError
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPE = {name: dtype for dtype, name in PRECISION.items()}
+_NO_TENSOR_CORES = re.compile(r"GTX 16|\bT\d{3,4}\b|\bMX[45]50\b")  # of the Turing family: their fp16 convolutions give NaN (pytorch issue 58123)
 
 
 def select_device(name: str = "") -> torch.device:
@@ -23,7 +26,7 @@ def select_device(name: str = "") -> torch.device:
     asked = str(name).strip().lower()
     if asked == "cpu" or (asked == "" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    name = asked.removeprefix("cuda:").removeprefix("cuda")
+    name = asked.replace(" ", "").removeprefix("cuda:").removeprefix("cuda")
     if not torch.cuda.is_available():
         raise UserError(f"--device {asked}: PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
     rank, processes = (int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
@@ -33,7 +36,8 @@ def select_device(name: str = "") -> torch.device:
             raise UserError(f"--device {name}: names {len(names)} for {processes} processes: one each, or leave it out")
         name = names[rank]
     if "," in name:
-        raise UserError(f"--device {name}: for several GPUs use torchrun --nproc_per_node {name.count(',') + 1} train.py …, with no --device")
+        several = f"torchrun --nproc_per_node {name.count(',') + 1} train.py …, with no --device"
+        raise UserError(f"--device {name}: name one; train.py uses several: {several}")
     index = rank if name == "" else int(name) if name.isdecimal() else -1
     count = torch.cuda.device_count()
     if not 0 <= index < count:
@@ -44,14 +48,34 @@ def select_device(name: str = "") -> torch.device:
 def compute_dtype(precision: PrecisionName, device: torch.device) -> torch.dtype:
     """The type that convolutions and matrix products run in.
 
-    auto: bf16 on CUDA devices and CPUs that have it natively, fp16 on older CUDA devices, else fp32.
+    auto: bf16 on CUDA devices and CPUs that have it natively, fp16 on older CUDA devices with tensor cores, else fp32.
     """
     if device.type == "cpu":
         return DTYPE[cpu_precision(precision)]
     if precision == "auto":
-        with torch.cuda.device(device):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if has_bf16(device) else torch.float16 if _has_fp16(device) else torch.float32
     return DTYPE[precision]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """A CUDA device computes in bf16 natively."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _has_fp16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 7 and not _NO_TENSOR_CORES.search(torch.cuda.get_device_name(device))
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Without TensorFloat-32, PyTorch's default for convolutions on CUDA devices since Ampere, which keeps 10 bits of each factor."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -66,7 +90,8 @@ def machine(device: torch.device) -> str:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for logs and tables: the device, its threads and the precision."""
-    return f"{machine(device)}, {PRECISION[dtype]}, torch {torch.__version__}"
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and has_bf16(device)
+    return f"{machine(device)}, {PRECISION[dtype]}{' (TF32)' if tf32 else ''}, torch {torch.__version__}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

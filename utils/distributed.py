@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +28,14 @@ class World(NamedTuple):
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        numbers = [0] * self.size
+        distributed.all_gather_object(numbers, number)
+        return min(numbers)
 
     def first_alone(self, make: Callable[[], T]) -> T:
         """What each process makes for itself, the first before the others: they find the files that it leaves."""
@@ -55,6 +63,11 @@ class World(NamedTuple):
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def gathering(network: nn.Module) -> AbstractContextManager[None]:
+    """For a forward and a backward pass whose gradients stay in each process until those of a later one are averaged with them."""
+    return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """Join torchrun's group (nccl on CUDA, gloo on CPU) for the block; a single process has no group. What names no GPU then means this one."""
@@ -65,7 +78,5 @@ def join_world(device: torch.device) -> Iterator[World]:
         yield World()
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
-        yield World(distributed.get_rank(), size)
-    finally:
-        distributed.destroy_process_group()
+    yield World(distributed.get_rank(), size)
+    distributed.destroy_process_group()  # not after an error: it would wait for processes that wait for this one, and torchrun would see no end

@@ -91,4 +91,4 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
 def _is_out_of_memory(error: BaseException) -> bool:
     """PyTorch reports both devices' shortage as a RuntimeError; only the CUDA one has a class of its own."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text or "status_alloc_failed" in text

@@ -118,6 +118,7 @@ class Comparison:
                     left.append(run)
         for n, run in enumerate(left):
             with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
+                torch.cuda.empty_cache()  # what PyTorch keeps for itself here, the training's own process needs
                 info(f"\ntraining {n + 1} of {len(left)}: {run.entrant.name}, seed {run.seed} -> {run.folder}")
                 train(run, self.config)
                 self._take(run)

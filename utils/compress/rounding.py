@@ -33,7 +33,7 @@ def round_weight(weight: Tensor, levels: int = WEIGHT_LEVELS, axis: int = 0) -> 
     """To whole steps of the largest value of each channel along `axis`, which lies `levels` of them from 0."""
     others = [dim for dim in range(weight.ndim) if dim != axis]
     step = weight.detach().abs().amax(others).clamp(min=_TINY) / levels
-    return torch.fake_quantize_per_channel_affine(weight, step, torch.zeros_like(step, dtype=torch.int32), axis, -levels, levels)
+    return torch.fake_quantize_per_channel_affine(weight, step, torch.zeros_like(step), axis, -levels, levels)
 
 
 def round_input(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from utils.device import full_float32
 from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
 from utils.export.check import CONFIDENCE, TOLERANCES, Agreement, check_batches, compare
@@ -58,9 +59,10 @@ def _write_and_check(
             kind.write(job, path)
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
-        if job.metadata.nms:
-            return compare_final(reference, exported, job.metadata.nms, batches, TOLERANCES[job.metadata.precision], device)
-        return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
+        with full_float32():
+            if job.metadata.nms:
+                return compare_final(reference, exported, job.metadata.nms, batches, TOLERANCES[job.metadata.precision], device)
+            return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
     except UserError as error:
         reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
         raise UserError(f"{kind.name}: {reason}{'; without --dynamic it may go' if job.metadata.dynamic else ''}") from error

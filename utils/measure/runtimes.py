@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cpu import cpu_has_native_bf16
-from utils.device import PRECISION, autocast
+from utils.device import PRECISION, autocast, has_bf16
 from utils.errors import UserError, short_reason
 from utils.export.converters import quiet, to_onnx, to_openvino, trace
 from utils.extras import import_extra, pip_install
@@ -42,8 +42,8 @@ class Runtime:
             return f"{self.name}: runs on the CPU only: --device cpu measures it"
         if command := pip_install(self.packages):
             return f"{self.name}: {command}"
-        if self.dtype == torch.bfloat16 and not asked and on_cpu and not cpu_has_native_bf16():
-            return f"{self.name}: this processor has no bf16 instructions: it would be emulated, slower than fp32"
+        if self.dtype == torch.bfloat16 and not asked and not (cpu_has_native_bf16() if on_cpu else has_bf16(torch.device(device))):
+            return f"{self.name}: this {'processor' if on_cpu else 'GPU'} has no bf16 instructions: it would be emulated, slower than fp32"
         return None
 
     def describe(self) -> str:

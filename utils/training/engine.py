@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import Batch
 from utils.device import autocast, peak_memory_bytes
+from utils.distributed import gathering
 from utils.errors import UserError
 from utils.log import is_main_process
 from utils.network import to_input
@@ -37,7 +39,7 @@ class EpochResult(NamedTuple):
 
 def train_epoch(
     network: nn.Module,
-    batches: Iterable[Batch],
+    batches: Collection[Batch],
     criterion: Criterion,
     stepper: Stepper,
     settings: Callable[[int], StepSettings],
@@ -61,12 +63,13 @@ def train_epoch(
     total, seen, start = np.zeros(len(criterion.names)), 0, time.perf_counter()
     bar = tqdm(batches, desc=title, dynamic_ncols=True, disable=not is_main_process(), leave=True)
     for n, batch in enumerate(bar):
-        images = resize(n, to_input(batch.images, device))
-        with autocast(device, dtype):
-            outputs = network(images)
-        loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
-        step = settings(n)
-        stepper.backward(loss.total * world, step, len(images) * world)
+        images, step = resize(n, to_input(batch.images, device)), settings(n)
+        moves = stepper.moves_next(step) or n + 1 == len(batches)
+        with nullcontext() if moves else gathering(network):
+            with autocast(device, dtype):
+                outputs = network(images)
+            loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
+            stepper.backward(loss.total * world, step, len(images) * world)
         total += _finite_parts(loss, criterion.names, n)  # only now: reading them waits for a GPU
         seen += len(images) * world
         rate = seen / (time.perf_counter() - start)

@@ -151,8 +151,8 @@ class Training:
                                     rank=self.world.rank, world=self.world.size)
         self.train_loader = make_loader(train_set, self.batches, workers, pin)
         if self.world.rank == 0:
-            self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size, stride, config.workers, self.device, config.cache,
-                                         max(limit - cache.bytes, 0))
+            self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size // self.world.size, stride, config.workers, self.device,
+                                         config.cache, max(limit - cache.bytes, 0))
 
     def train_one_epoch(self, epoch: int, eta: str = "") -> EpochResult:
         """One pass over the training split; the caller counts epochs, validates and saves."""

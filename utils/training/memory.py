@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from utils.cpu import free_memory_bytes
 from utils.device import autocast
+from utils.distributed import World
 from utils.errors import UserError
-from utils.log import info
+from utils.log import info, warn
 
 _PROBE_IMAGES = 2
 _USABLE = 0.85  # of the free memory
@@ -39,7 +40,7 @@ def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device, dtype: t
 
 
 def fit_batch(
-    model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world_size: int, images: int, dtype: torch.dtype = torch.float32
+    model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world: World, images: int, dtype: torch.dtype = torch.float32
 ) -> int:
     """`batch_size` (over all processes), or for -1 the largest that fits in memory, at most the set's own number of images.
 
@@ -47,18 +48,21 @@ def fit_batch(
         dtype: that convolutions will run in.
 
     Raises:
-        UserError: the batch does not fit, or can't be shared out evenly; the line says which would.
+        UserError: in every process: the batch does not fit into one's memory, or can't be shared out evenly; the line says which would.
     """
-    if batch_size != -1 and batch_size % world_size:
-        raise UserError(f"--batch-size {batch_size} counts the images of all {world_size} processes: use a multiple of {world_size}")
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world_size
+    if batch_size != -1 and batch_size % world.size:
+        raise UserError(f"--batch-size {batch_size} counts the images of all {world.size} processes: use a multiple of {world.size}")
+    free = world.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size)
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
     each = bytes_per_image(model, imgsz, device, dtype)
-    fits = max(int((free * _USABLE - state) / each), 0) * world_size if free else _LARGEST
+    fits = max(int((free * _USABLE - state) / each), 0) * world.size if free else _LARGEST
     if batch_size == -1:
-        batch_size = max(min(fits, _LARGEST, images) // world_size, 1) * world_size
+        batch_size = max(min(fits, _LARGEST, images) // world.size, 1) * world.size
         info(f"--batch-size -1: {batch_size} images of {each / 2**20:.0f} MB each, {free / 2**30:.1f} GB free")
     if batch_size > fits:
-        raise UserError(f"--batch-size {batch_size} at {imgsz} px needs about {(batch_size * each / world_size + state) / 2**30:.1f} GB a process, "
-                        f"{free / 2**30:.1f} GB are free: use --batch-size {max(fits, 1)} or less, or a smaller --imgsz")
+        told = (f"--batch-size {batch_size} at {imgsz} px needs about {(batch_size * each / world.size + state) / 2**30:.1f} GB a process, "
+                f"{free / 2**30:.1f} GB are free: use --batch-size {max(fits, 1)} or less, or a smaller --imgsz")
+        if device.type == "cpu" or batch_size * each / _OVERHEAD / world.size + state > free:
+            raise UserError(told)
+        warn(f"{told}, if it runs out of memory")  # a GPU says so in time; the estimate was made on a CPU
     return batch_size

@@ -70,7 +70,6 @@ class QuantizationAware(nn.Module):
         """
         super().__init__()
         self.network, self._images = network, images
-        self._norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self.ranges: dict[str, Range] = {}
 
     @classmethod
@@ -90,8 +89,9 @@ class QuantizationAware(nn.Module):
         return self.network.head
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        for norm in self._norms:
-            norm.eval()
+        for module in self.network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         layers = weighted_layers(self.network)
         weights = {f"{name}.weight": rounded_weight(layers[name]) for name in self.ranges}
         with ExitStack() as hooks:

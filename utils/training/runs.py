@@ -21,7 +21,8 @@ from utils.training.qat import fine_tuning
 from utils.training.state import TrainState
 
 _AFTER_PRUNING = "hyp.finetune.yaml"
-_MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project"}
+_MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project",
+               "precision"}
 
 
 @dataclass(frozen=True)

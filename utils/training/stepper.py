@@ -28,16 +28,21 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._gathered = self._images = 0
 
+    def moves_next(self, settings: StepSettings) -> bool:
+        """The next batch's gradients complete a step."""
+        return self._gathered + 1 >= settings.accumulate
+
     def backward(self, loss: Tensor, settings: StepSettings, images: int) -> None:
         """
         Args:
             images: that the loss sums over, in all processes.
         """
+        moves = self.moves_next(settings)
         apply_step(self.optimizer, settings)
         self.scaler.scale(loss).backward()
         self._gathered += 1
         self._images += images
-        if self._gathered >= settings.accumulate:
+        if moves:
             self.step()
 
     def step(self) -> None:
