@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.plugin import load_plugin
     from models.prune import channel_graph
     from models.summary import print_summary
-    from models.yolo import build_for_training, load_model, model_from_checkpoint
+    from models.yolo import build_for_training, check_network, load_model, model_from_checkpoint
     from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
     from utils.device import compute_dtype, select_device
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     device = select_device(config.device)
     load_plugin(config.plugin)
+    if not run.checkpoint:
+        check_network(config.cfg, config.weights)
 
     with join_world(device) as world:
         train_split, val_split = world.first_alone(lambda: open_splits(config, ("train", "val")))

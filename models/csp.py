@@ -100,17 +100,29 @@ class C3x(CSPStage):
 
 @register("C3SPP", channels=to_width, repeats="inside")
 class C3SPP(CSPStage):
-    """`n` spatial pyramids in a CSP stage."""
+    """`n` spatial pyramids in a CSP stage.
 
-    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] = (5, 9, 13), e: float = 0.5) -> None:
+    Args:
+        k: the pools' sizes; or the shortcut of a C3 row that was made a C3SPP one, of which a pyramid has none.
+    """
+
+    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = True, e: float = 0.5) -> None:
+        k = (5, 9, 13) if isinstance(k, bool) else k
         super().__init__(c1, c2, e, lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
 
 
 @register("C3TR", channels=to_width, repeats="inside")
 class C3TR(CSPStage):
-    """`n` transformer encoder layers over all positions in a CSP stage (TPH-YOLOv5, ICCVW 2021)."""
+    """`n` transformer encoder layers over all positions in a CSP stage (TPH-YOLOv5, ICCVW 2021).
 
-    def __init__(self, c1: int, c2: int, n: int = 1, heads: int = 4, e: float = 0.5) -> None:
+    Args:
+        shortcut, g: of the C3 row that was made a C3TR one; attention has shortcuts of its own.
+        heads: in a row by name: `[1024, {heads: 8}]`.
+    """
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5, heads: int = 4) -> None:
+        if not isinstance(shortcut, bool):
+            raise ValueError("the second number is C3's shortcut, true or false; heads are given by name, {heads: 8}")
         super().__init__(c1, c2, e, lambda c: TransformerBlock(c, heads, n))
 
 

@@ -1,6 +1,7 @@
 """A model as programs written for YOLOv5's torch.hub entry use it: settings are attributes, images are RGB, one results object for all."""
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ class HubModel:
         multi_label: a box counts once for each class above `conf`.
         classes: keep these class numbers only; None: all.
         amp: mixed precision where the device has it natively; else fp32. An exported file computes as it was opened.
-        names: {number: name}.
+        names: {number: name}; another name for a number shows in the next results.
         stride: image sides are multiples of it.
     """
 
@@ -41,10 +42,7 @@ class HubModel:
         self.multi_label = False
         self.classes: int | Sequence[int] | None = None
         self.amp = False
-
-    @property
-    def names(self) -> dict[int, str]:
-        return dict(enumerate(self._weights.names))
+        self.names = dict(enumerate(weights.names))
 
     @property
     def stride(self) -> int:
@@ -67,6 +65,7 @@ class HubModel:
         """
         options = NmsOptions(self.conf, self.iou, self.multi_label, self.agnostic, class_numbers(self.classes), self.max_det)
         weights = self._weights.computing("auto" if self.amp else "fp32")
+        weights = dataclasses.replace(weights, names=tuple(self.names[n] for n in range(len(weights.names))))
         start = time.perf_counter()
         pictures = list(open_pictures(ims, rgb=True))
         read_ms = (time.perf_counter() - start) * 1e3

@@ -60,6 +60,8 @@ class Conv(nn.Module):
         self, c1: int, c2: int, k: Size = 1, s: Size = 1, p: Size | None = None, g: int = 1, d: int = 1, act: bool | nn.Module = True
     ) -> None:
         super().__init__()
+        if isinstance(d, bool):  # before YOLOv5 7.0 rows had no dilation: what stands there is the activation
+            d, act = 1, d
         self.conv = nn.Conv2d(c1, c2, k, s, same_padding(k, d) if p is None else p, d, g, bias=False)
         self.bn = nn.BatchNorm2d(c2)
         self.act = activation(act)

@@ -14,7 +14,7 @@ from models.fuse import fold, fuse
 from models.head import Detect, decode, in_order_of
 from models.narrow import widths_of
 from models.spec import IMAGE, ModelSpec, load_spec
-from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint
+from utils.checkpoint import Checkpoint, cast_floats, find_checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.log import info
 
@@ -127,14 +127,26 @@ def transfer_weights(model: DetectionModel, weights: dict[str, Tensor]) -> Trans
     return Transfer(len(matching), len(own), tuple(key for key in own if key not in matching))
 
 
+def check_network(cfg: str, weights: str) -> None:
+    """What can be said of them before any data are read.
+
+    Raises:
+        UserError: neither is given, one is not there, or the YAML has a mistake.
+    """
+    if not cfg and not weights:
+        raise UserError("name a network: --cfg yolov5s-ghost.yaml, or weights to start from: --weights best.pt")
+    if cfg:
+        load_spec(cfg)
+    if weights:
+        find_checkpoint(weights)
+
+
 def build_for_training(cfg: str, weights: str, names: Sequence[str]) -> tuple[DetectionModel, Transfer | None]:
     """The network to train for these classes: of a YAML, of a checkpoint, or of a YAML with a checkpoint's fitting weights.
 
     Raises:
-        UserError: neither is given, or one of them is not what it should be.
+        UserError: one of them is not what it should be.
     """
-    if not cfg and not weights:
-        raise UserError("name a network: --cfg yolov5s-ghost.yaml, or weights to start from: --weights best.pt")
     checkpoint = load_checkpoint(weights) if weights else None
     spec = load_spec(cfg, len(names)) if cfg else ModelSpec.from_dict(checkpoint.spec, str(weights), len(names))
     model = DetectionModel(spec, names)

@@ -75,6 +75,34 @@ def test_lists_that_windows_wrote(tmp_path):
         load_split(load_data_spec(make_set(tmp_path, {}, yaml)), "train", progress=False)
 
 
+@pytest.mark.parametrize("beside", ["rf", "rf/yaml"])
+def test_exports_that_name_their_folders_from_another_place(tmp_path, monkeypatch, beside):
+    """Roboflow's data.yaml lies beside train/ and says ../train/images, from which it may have been moved."""
+    make_set(tmp_path / "rf/train", {"a": "0 0.5 0.5 0.1 0.1"})
+    (tmp_path / "rf/train/images/train").rename(tmp_path / "rf/train/moved")
+    (tmp_path / "rf/train/images").rmdir()
+    (tmp_path / "rf/train/moved").rename(tmp_path / "rf/train/images")
+    (tmp_path / "rf/train/labels/train/a.txt").rename(tmp_path / "rf/train/labels/a.txt")
+    (tmp_path / beside).mkdir(exist_ok=True)
+    (tmp_path / beside / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [a]\n")
+    monkeypatch.chdir(tmp_path)
+    split = load_split(load_data_spec(f"{beside}/data.yaml"), "train", progress=False)
+    assert split.images == (str(tmp_path / "rf/train/images/a.png"),) and split.report.boxes == 1
+
+
+def test_names_as_yaml_reads_them(tmp_path):
+    yaml = "path: .\ntrain: images/train\nnames: "
+    assert load_data_spec(make_set(tmp_path, {}, yaml + "{'0': cat, '1': dog}\n")).names == ("cat", "dog")
+    with pytest.raises(UserError, match=r"names: to YAML yes, no, on and off are truth values: put such a name in quotes"):
+        load_data_spec(make_set(tmp_path, {}, yaml + "[yes, no]\n"))
+
+
+def test_a_download_script_is_named_and_not_run(tmp_path):
+    yaml = "path: gone\ntrain: images/train\nnames: [a]\ndownload: |\n  import os\n  os.mkdir('ran')\n"
+    with pytest.raises(UserError, match="its download: is a script, which is not run here: run it yourself"):
+        load_split(load_data_spec(make_set(tmp_path, {}, yaml)), "train", progress=False)
+
+
 def test_folders_called_like_images_and_links_that_lead_back(tmp_path):
     make_set(tmp_path, {"jpg/a": "0 0.5 0.5 0.1 0.1", "b.png/c": "1 0.5 0.5 0.1 0.1"})
     (tmp_path / "images/train/jpg/back").symlink_to(tmp_path / "images")

@@ -52,6 +52,14 @@ def test_every_place_tried_is_named(tmp_path):
     assert str(raised.value) == f"bcd.yaml: no such data YAML; looked at {tried}; did you mean bccd.yaml?"
 
 
+def test_capitals_do_not_matter_and_folders_that_were_added_are_told(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "VOC.yaml").write_text("")
+    assert find_file("voc.yaml", [tmp_path / "models"], "YAML") == tmp_path / "models" / "VOC.yaml"
+    with pytest.raises(UserError, match=r"^models/hub/VOC\.yaml: no such YAML; did you mean VOC\.yaml, which needs no folder\?$"):
+        find_file("models/hub/VOC.yaml", [tmp_path / "models"], "YAML")
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "x\0y", "a" * 300, "a/" * 100, "~nosuchuser/x.yaml", "x.[", "x.**", "*", "\ud800", "/", "\n"])
 def test_names_that_no_file_has(tmp_path, name):
     with pytest.raises(UserError, match="no such"):
@@ -65,6 +73,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 def test_nearest_names():
     assert did_you_mean("mosiac", ["mosaic", "mixup"]) == "; did you mean mosaic?"
+    assert did_you_mean("VisDrone", ["visdrone2", "ds"]) == "; did you mean visdrone2?"
     assert did_you_mean("yolov5", ["yolov5s", "yolov5m", "yolov3"]).count(" or ") == 2
     assert did_you_mean("zzz", ["mosaic"]) == did_you_mean("", []) == did_you_mean(3, ["mosaic"]) == ""
     start = time.process_time()

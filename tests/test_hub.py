@@ -158,6 +158,15 @@ def test_a_model_finds_what_a_detector_finds(model, place):
     assert repr(model).startswith(f"HubModel({place / 'tiny.pt'}, 2 classes, ")
 
 
+def test_names_may_be_changed(place):
+    own = HubModel(open_weights(str(place / "tiny.pt"), "cpu", "fp32"))
+    own.names[0] = "human"
+    found = own(place / "a.png")
+    assert found.names == {0: "human", 1: "green"} and set(found.pandas().xyxy[0].name) <= {"human", "green"}
+    own.names = ["a", "b"]
+    assert own(place / "a.png").names == {0: "a", 1: "b"}
+
+
 def test_arrays_are_rgb(model, place):
     bgr = read_image(place / "a.png")
     (expected,) = model(place / "a.png").xyxy

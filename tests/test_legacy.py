@@ -114,6 +114,21 @@ def test_the_activation_of_old_versions(tmp_path, family, activation, text):
     assert load_checkpoint(save(tmp_path, {"model": build(family, activation, yaml=named)})).spec["activation"] == "nn.ReLU()"
 
 
+@pytest.mark.parametrize(("module", "head", "says"), [
+    ("ultralytics.nn.tasks", "Detect", r"holds an ultralytics DetectionModel; only networks with anchors, of YOLOv5 itself"),
+    ("yolov5.models.yolo", "Segment", "ends in Segment, not in Detect: only detectors are read"),
+])  # fmt: skip
+def test_networks_of_another_kind(tmp_path, monkeypatch, family, module, head, says):
+    place = sys.modules[family.Model.__module__]
+    for package in ("ultralytics", "ultralytics.nn", module):
+        monkeypatch.setitem(sys.modules, package, place)
+    for name in ("DetectionModel", head):
+        setattr(place, name, type(name, (nn.Module,), {"__module__": module}))
+    model = build(types.SimpleNamespace(Model=place.DetectionModel, Conv=family.Conv, Detect=getattr(place, head)))
+    with pytest.raises(UserError, match=says):
+        load_checkpoint(save(tmp_path, {"model": model}))
+
+
 def test_anchors_of_the_yaml_where_the_head_has_none(tmp_path, family):
     model = build(family)
     model.model[1].stride = None

@@ -170,6 +170,21 @@ def test_repeats_go_inside(name, repeats):
     assert len(module.m.layers if name == "C3TR" else module.m) == repeats
 
 
+@pytest.mark.parametrize("name", ["C3TR", "C3SPP", "C3x", "C3Ghost"])
+def test_a_c3_row_may_become_another_of_its_family(name):
+    """`[-1, 3, C3, [16, False]]`: the shortcut says nothing to attention and pyramids."""
+    assert wire(name, [8], [16, False])[0](torch.zeros(1, 8, 16, 16)).shape == (1, 16, 16, 16)
+    if name == "C3TR":
+        assert wire(name, [8], [16, True])[0].state_dict().keys() == wire(name, [8], [16])[0].state_dict().keys()
+        assert wire(name, [8], [16, False])[0].m.layers[0].attention.num_heads == 4
+
+
+def test_a_conv_row_from_before_dilation_had_a_place():
+    """[c2, k, s, p, g, act], as rows were until YOLOv5 7.0."""
+    assert isinstance(wire("Conv", [8], [16, 3, 1, None, 1, False])[0].act, torch.nn.Identity)
+    assert wire("Conv", [8], [16, 3, 1, None, 1, True])[0].conv.dilation == (1, 1)
+
+
 @pytest.mark.parametrize("name, inputs, args, words", [
     ("Conv", [8], [], "output channels"),
     ("Conv", [8, 8], [16], "one input"),

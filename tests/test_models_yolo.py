@@ -10,7 +10,7 @@ import torch
 from models.head import Detect, decode
 from models.spec import ModelSpec, load_spec
 from models.summary import count_gflops, count_parameters, layer_table, main
-from models.yolo import DetectionModel, build_for_training, load_model, model_from_checkpoint, transfer_weights
+from models.yolo import DetectionModel, build_for_training, check_network, load_model, model_from_checkpoint, transfer_weights
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 
@@ -241,7 +241,7 @@ def test_checkpoint_of_another_network_is_refused():
 
 def test_network_to_train(tmp_path):
     with pytest.raises(UserError, match="--cfg"):
-        build_for_training("", "", ["a"])
+        check_network("", "")
     model, transfer = build_for_training("yolov5s-shuffle.yaml", "", ["a", "b"])
     assert transfer is None and model.spec.nc == 2 and model.names == ("a", "b")
     trained = tiny()

@@ -26,6 +26,8 @@ def select_device(name: str = "") -> torch.device:
     asked = str(name).strip().lower()
     if asked == "cpu" or (asked == "" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if asked == "mps":
+        raise UserError("--device mps: Apple's GPUs are not supported: use --device cpu")
     name = asked.replace(" ", "").removeprefix("cuda:").removeprefix("cuda")
     if not torch.cuda.is_available():
         raise UserError(f"--device {asked}: PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")

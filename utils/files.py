@@ -22,16 +22,22 @@ _MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 100_000, 50  # of a YAML file
 
 
 def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
-    """The first existing file among `name` itself and `folders / name`.
+    """The first existing file among `name` itself and `folders / name`; else the one there whose name differs in its capitals alone.
 
     Raises:
         UserError: none exists; the line lists every place tried and the nearest names there.
     """
-    tried = [Path(os.path.expanduser(name))]
+    tried, folders = [Path(os.path.expanduser(name))], list(folders)
     tried += [folder / name for folder in folders if not tried[0].is_absolute()]
     for path in tried:
         if os.path.isfile(path):  # unlike Path.is_file, also False for a name that no file can have
             return path
+    for path in tried:
+        for entry in _entries(path.parent):
+            if entry.casefold() == path.name.casefold() and os.path.isfile(path.with_name(entry)):
+                return path.with_name(entry)
+    if any(os.path.isfile(folder / tried[0].name) for folder in folders):
+        raise UserError(f"{name}: no such {what}; did you mean {tried[0].name}, which needs no folder?")
     known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix == tried[0].suffix}
     raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(tried[0].name, known)}")
 
@@ -45,7 +51,8 @@ def _entries(folder: Path) -> list[str]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean A or B?`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(str(word), sorted(map(str, known)), n=3, cutoff=0.6)
+    names = {name.casefold(): name for name in sorted(map(str, known))}
+    near = [names[name] for name in difflib.get_close_matches(str(word).casefold(), names, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

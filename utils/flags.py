@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
@@ -25,12 +25,22 @@ def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequ
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, with the nearest flags."""
+    """argparse whose complaints are one line, with the nearest flags.
+
+    Attributes:
+        elsewhere: flags that other programs of the family have, and what takes their place here.
+    """
+
+    elsewhere: Mapping[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         name, _, words = message.partition(": ")
         if name == "unrecognized arguments":
             flag = words.split()[0].partition("=")[0]
+            if not flag.startswith("-"):
+                raise UserError(f"{flag}: belongs to no flag: the one before it takes a single value (a pattern goes in quotes: 'images/*.jpg')")
+            if flag in self.elsewhere:
+                raise UserError(f"{flag}: {self.elsewhere[flag]}")
             message = f"unknown argument {flag}{did_you_mean(flag, self._option_string_actions)}"
         raise UserError(f"{message} (--help lists all flags)")
 
@@ -47,6 +57,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
 def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """Only the settings that the command line names, checked; raises as `parse`."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    parser.elsewhere = getattr(cls, "ELSEWHERE", {})
     for f in dataclasses.fields(cls):
         flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
         arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +46,11 @@ class Hyp:
     mixup: float = _hyper(0.0, "probability of mixing two mosaics", UNIT)
 
 
-_NEUTRAL_HYPS = {"fl_gamma": 0.0, "copy_paste": 0.0}  # of YOLOv5's files: fine at the value that switches them off
-_UNUSED_HYPS = {"iou_t", "anchors"}  # in YOLOv5's files too, where nothing reads them in training
+_IDLE_HYPS = {"iou_t", "copy_paste"}  # of YOLOv5's files: nothing reads the one in training, and where labels are boxes the other copies nothing
+_OFF_HYPS = {  # what changes nothing, and what to do with another value
+    "fl_gamma": ((0,), "there is no focal loss here: set it to 0"),
+    "anchors": ((0, 3), "so many a level are named in the model YAML, as anchors: 4; set it to 0 here"),
+}
 
 
 def load_hyp(name: str) -> Hyp:
@@ -63,11 +67,12 @@ def hyp_from_dict(content: dict[str, Any], origin: str) -> Hyp:
     fields = {f.name: f for f in dataclasses.fields(Hyp)}
     values = {}
     for key, value in content.items():
-        if key in _UNUSED_HYPS or (key in _NEUTRAL_HYPS and value == _NEUTRAL_HYPS[key]):
+        if key in _IDLE_HYPS or (key in _OFF_HYPS and value in _OFF_HYPS[key][0]):
             continue
         if key not in fields:
-            hint = f"only {_NEUTRAL_HYPS[key]} is supported" if key in _NEUTRAL_HYPS else f"unknown key{did_you_mean(key, fields)}"
-            raise UserError(f"{origin}: {key}: {hint}")
+            raise UserError(f"{origin}: {key}: {_OFF_HYPS[key][1] if key in _OFF_HYPS else 'unknown key' + did_you_mean(key, fields)}")
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d+", value):  # 1e-3, which YAML takes for text
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{origin}: {key}: must be a number, found {value!r}")
         check_value(fields[key], float(value), f"{origin}: {key}")

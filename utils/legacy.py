@@ -32,9 +32,13 @@ def read_legacy(archive: Archive) -> LegacyNetwork:
     """
     path, model = archive.path, _find_model(archive)
     yaml, layers = model.get("yaml"), _children(_children(model).get("model"))
+    if model.cls.module.startswith("ultralytics."):
+        raise UserError(f"{path}: holds an ultralytics {model.cls.name}; only networks with anchors, of YOLOv5 itself, are read")
     if not isinstance(yaml, dict) or not layers:
         raise UserError(f"{path}: holds a {model.cls}, which carries no YOLOv5 YAML: not a YOLOv5 network")
     head = list(layers.values())[-1]
+    if head.cls.name in ("Segment", "Classify"):
+        raise UserError(f"{path}: ends in {head.cls.name}, not in Detect: only detectors are read, no networks that segment or classify")
     spec = {key: archive.plain(yaml[key]) for key in _SPEC_KEYS if yaml.get(key) is not None}
     if yaml.get("ch") not in (None, 3):
         spec["ch"] = archive.plain(yaml["ch"])  # which says why it can't be taken

@@ -152,6 +152,8 @@ def _find_paths(text: str) -> list[Path]:
     if path.suffix.lower() == ".txt" and path.is_file():
         return _read_list(path)
     if path.is_file():
+        if path.suffix.lower() == ".streams":
+            raise UserError(f"{text}: one stream at a time: start a detect.py for each of its lines, with that line as --source")
         if not _is_readable(path):
             raise UserError(f"{text}: neither an image ({_words(IMAGE_SUFFIXES)}) nor a video ({_words(VIDEO_SUFFIXES)}) nor a list of them (.txt)")
         return [path]
@@ -187,6 +189,8 @@ def _read_list(path: Path) -> list[Path]:
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
+        if urlsplit(entry).scheme.lower() in STREAM_SCHEMES:
+            raise UserError(f"{path}:{number}: {entry} is a stream, and streams are shown one at a time: start a detect.py with it as --source")
         if not _is_readable(Path(entry)):
             raise UserError(f"{path}:{number}: {entry} is neither an image ({_words(IMAGE_SUFFIXES)}) nor a video ({_words(VIDEO_SUFFIXES)})")
         beside = path.parent / Path(entry).expanduser()

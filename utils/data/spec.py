@@ -38,6 +38,7 @@ class DataSpec:
     splits: dict[str, tuple[str, ...]]  # split -> folders, list files or JSON files, as written
     images: dict[str, str]  # split -> folder of images, where a format needs it named
     download: tuple[Download, ...]
+    scripted: bool  # download: is a script, as in YOLOv5's files; nothing that a file contains is ever executed
     tried: tuple[Path, ...]  # every place where the root was looked for
 
     @property
@@ -50,9 +51,8 @@ class DataSpec:
         Raises:
             UserError: there is none; the line lists every place tried and what to run.
         """
-        shorter = entry.removeprefix("../")  # exports often write ../train/images and mean train/images
-        absolute = Path(entry).expanduser()
-        places = [absolute] if absolute.is_absolute() else [*(r / entry for r in (self.root, *self.tried)), self.root / shorter, Path.cwd() / entry]
+        roots, absolute = (self.root, *self.tried), Path(entry).expanduser()
+        places = [absolute] if absolute.is_absolute() else [*(r / e for e in (entry, _shorter(entry)) for r in roots), Path.cwd() / entry]
         places = list(dict.fromkeys(map(_normal, places)))
         for place in places:
             if place.exists():
@@ -62,6 +62,8 @@ class DataSpec:
     def _mend(self) -> str:
         if self.download:
             return f"fetch it with: python -m utils.data.download --data {self.file.name} (or --download)"
+        if self.scripted:
+            return "its download: is a script, which is not run here: run it yourself and name the folder with 'path:', --data-root or YOLO_DATASETS"
         return "mend 'path:', or name the folder that holds the data sets with --data-root or YOLO_DATASETS"
 
 
@@ -91,7 +93,7 @@ def load_data_spec(name: str, data_root: str | None = None) -> DataSpec:
     names = _names(file, content, kind)
     roots, home = _possible_roots(file, content, data_root)
     spec = DataSpec(file, names, kind, _choose_root(roots, splits) or home, splits, _image_folders(file, content.get("images"), splits),
-                    _downloads(file, content.get("download")), tuple(roots))
+                    *_downloads(file, content.get("download")), tuple(roots))
     return spec if names else replace(spec, names=_names_of_json(spec))
 
 
@@ -113,6 +115,7 @@ def _names(file: Path, content: dict[str, Any], kind: str) -> tuple[str, ...]:
     if nc is not None and (not isinstance(nc, int) or isinstance(nc, bool) or nc < 1):
         raise UserError(f"{file}: nc: expected a whole number from 1, found {nc!r}")
     if isinstance(names, dict):
+        names = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
             raise UserError(f"{file}: names: the keys must be 0 to {len(names) - 1} without a gap, found {', '.join(map(str, names))}")
         names = [names[i] for i in range(len(names))]
@@ -120,6 +123,8 @@ def _names(file: Path, content: dict[str, Any], kind: str) -> tuple[str, ...]:
         names = [f"class{i}" for i in range(nc)]
     if names is None and kind == "coco":
         return ()
+    if isinstance(names, list) and any(isinstance(n, bool) for n in names):
+        raise UserError(f"{file}: names: to YAML yes, no, on and off are truth values: put such a name in quotes")
     if not isinstance(names, list) or not names or not all(isinstance(n, str | int | float) for n in names):
         raise UserError(f"{file}: names: expected a list of class names, found {names!r}")
     if nc is not None and nc != len(names):
@@ -149,12 +154,13 @@ def _image_folders(file: Path, value: Any, splits: Iterable[str]) -> dict[str, s
     raise UserError(f"{file}: images: expected a folder, or split: folder lines, found {value!r}")
 
 
-def _downloads(file: Path, value: Any) -> tuple[Download, ...]:
-    """URLs only; a script, as YOLOv5's YAMLs may have there, is passed over: nothing a file contains is ever executed."""
+def _downloads(file: Path, value: Any) -> tuple[tuple[Download, ...], bool]:
+    """What URLs bring, and whether a script stands there."""
     items = value if isinstance(value, list) else [value] if value else []
-    found = []
+    found, scripted = [], False
     for item in items:
         if isinstance(item, str) and not item.startswith(("http://", "https://")):
+            scripted = True
             continue
         item = {"url": item} if isinstance(item, str) else item
         if not isinstance(item, dict) or not str(item.get("url", "")).startswith(("http://", "https://")):
@@ -165,12 +171,13 @@ def _downloads(file: Path, value: Any) -> tuple[Download, ...]:
             if not re.fullmatch(f"[0-9a-f]{{{CHECKSUMS[kind]}}}", digest):
                 raise UserError(f"{file}: download: {kind}: expected {CHECKSUMS[kind]} hexadecimal digits in quotes, found {item[kind]!r}")
         found.append(Download(item["url"], str(item.get("to") or "."), sums[0] if sums else None))
-    return tuple(found)
+    return tuple(found), scripted
 
 
 def _data_roots(data_root: str | None) -> list[Path]:
     given = data_root or os.environ.get("YOLO_DATASETS")
-    return [*([Path(given).expanduser().absolute()] if given else []), ROOT / "datasets"]
+    beside_the_clone = ROOT.parent / "datasets"  # as YOLOv5 has it
+    return [*([Path(given).expanduser().absolute()] if given else []), ROOT / "datasets", beside_the_clone]
 
 
 def _possible_roots(file: Path, content: dict[str, Any], data_root: str | None) -> tuple[list[Path], Path]:
@@ -197,9 +204,15 @@ def _normal(path: Path) -> Path:
 
 
 def _choose_root(roots: list[Path], splits: dict[str, tuple[str, ...]]) -> Path | None:
-    """The first place that holds a split."""
+    """The first place that holds a split as written; else, written shorter."""
     entries = [entry for split in splits.values() for entry in split]
-    return next((root for root in roots if any((root / entry).exists() for entry in entries)), None)
+    forms = entries, [_shorter(entry) for entry in entries]
+    return next((root for form in forms for root in roots if any((root / entry).exists() for entry in form)), None)
+
+
+def _shorter(entry: str) -> str:
+    """Exports often write ../train/images and mean train/images."""
+    return entry.removeprefix("../")
 
 
 def _generate(file: Path, what: Any, data_root: str | None) -> Path:

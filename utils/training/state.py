@@ -38,7 +38,8 @@ class TrainState:
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None, origin: str) -> TrainState:
         if content is None:
-            raise UserError(f"{origin}: holds no training state (a best.pt?): --resume needs a run's last.pt")
+            raise UserError(f"{origin}: holds no training state (a best.pt, or a file of YOLOv5?): --resume needs a run's last.pt; "
+                            f"--weights {origin} starts from it")
         try:
             state = cls(**content)
             state.gammas = torch.as_tensor(state.gammas).tolist()
