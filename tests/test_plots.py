@@ -16,7 +16,8 @@ from utils.plots.figures import plain
 from utils.plots.training import plot_labels, plot_results
 
 RED = (0, 0, 255)
-HEADER = "epoch,time_s,train/box,train/obj,train/cls,val/box,val/obj,val/cls,metrics/precision,metrics/recall,metrics/mAP50,metrics/mAP50-95,lr"
+HEADER = ("epoch,time_s,train/box_loss,train/obj_loss,train/cls_loss,val/box_loss,val/obj_loss,val/cls_loss,metrics/precision,metrics/recall,"
+          "metrics/mAP_0.5,metrics/mAP_0.5:0.95,x/lr0,x/lr1,x/lr2")
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -174,10 +175,10 @@ def test_confusion_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        f"{HEADER}\n" + "\n".join(",".join([str(i), *(["0.5"] * 12)]) for i in range(12)),
-        f"{HEADER}\n0" + ",0.1" * 12,
-        "   epoch,   train/box, metrics/mAP50\n  0, 0.1,\n  1, nan, oops\n  2, 0.3, 0.4\n",
-        "train/box,other\n0.3,1\n0.2\n0.1,2,3,4\n",
+        f"{HEADER}\n" + "\n".join(",".join([str(i), *(["0.5"] * 14)]) for i in range(12)),
+        f"{HEADER}\n0" + ",0.1" * 14,
+        "   epoch,   train/box_loss, metrics/mAP_0.5\n  0, 0.1,\n  1, nan, oops\n  2, 0.3, 0.4\n",
+        "train/box_loss,other\n0.3,1\n0.2\n0.1,2,3,4\n",
     ],
     ids=["full", "one epoch", "spaces and gaps", "no epoch, ragged"],
 )
@@ -187,7 +188,7 @@ def test_results(tmp_path: Path, text: str) -> None:
     assert size_of(tmp_path / "results.png")
 
 
-@pytest.mark.parametrize("text", ["", HEADER, "epoch,loss\n1,2\n", "train/box\nx\n", b"\xff\xfe\x00", None])
+@pytest.mark.parametrize("text", ["", HEADER, "epoch,loss\n1,2\n", "train/box_loss\nx\n", b"\xff\xfe\x00", None])
 def test_results_with_nothing_to_plot(tmp_path: Path, text: str | bytes | None) -> None:
     if text is not None:
         (tmp_path / "results.csv").write_bytes(text.encode() if isinstance(text, str) else text)

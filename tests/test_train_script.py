@@ -56,7 +56,7 @@ PLAIN = {"weights/best.pt", "weights/last.pt", "results.csv", "opt.yaml", "hyp.y
 def test_flags_train(flags: list[str], extra: list[str]) -> None:
     folder = run(flags, *extra, name=" ".join(extra).strip("-"))
     assert files(folder) == PLAIN and len(rows(folder)) == 2
-    assert all(np.isfinite(float(row["train/box"])) and float(row["train/box"]) > 0 for row in rows(folder))
+    assert all(np.isfinite(float(row["train/box_loss"])) and float(row["train/box_loss"]) > 0 for row in rows(folder))
     settings = yaml.safe_load((folder / "opt.yaml").read_text())
     assert settings["batch_size"] == {"-1": 6, "3": 3}.get(extra[-1], 4) and settings["imgsz"] == (96 if "--img" in extra else 64)
     names = load_checkpoint(folder / "weights" / "best.pt").names
@@ -67,8 +67,8 @@ def test_flags_change_what_they_should(flags: list[str]) -> None:
     """Each of these alters the numbers; a flag that nothing reads would not."""
     seen = {}
     for extra in ([], ["--rect"], ["--multi-scale"], ["--image-weights"], ["--optimizer", "Adam"], ["--label-smoothing", ".2"], ["--seed", "1"]):
-        seen[" ".join(extra)] = rows(run(flags, *extra, "--epochs", "1", name="change" + "".join(extra)))[0]["train/cls"]
-    again = rows(run(flags, "--epochs", "1", "--cache", "none", name="uncached"))[0]["train/cls"]
+        seen[" ".join(extra)] = rows(run(flags, *extra, "--epochs", "1", name="change" + "".join(extra)))[0]["train/cls_loss"]
+    again = rows(run(flags, "--epochs", "1", "--cache", "none", name="uncached"))[0]["train/cls_loss"]
     assert again == seen[""], "the cache alters nothing"
     seen.pop("--optimizer Adam")  # acts from the second step on
     assert len(set(seen.values())) == len(seen), seen
@@ -88,7 +88,7 @@ def test_freeze(flags: list[str], place: Path) -> None:
 def test_save_period_noval_nosave(flags: list[str]) -> None:
     assert files(run(flags, "--save-period", "1", name="period")) == PLAIN | {"weights/epoch1.pt", "weights/epoch2.pt"}
     folder = run(flags, "--noval", name="noval")
-    assert [row["metrics/mAP50"] != "" for row in rows(folder)] == [False, True] and files(folder) == PLAIN
+    assert [row["metrics/mAP_0.5"] != "" for row in rows(folder)] == [False, True] and files(folder) == PLAIN
     folder = run(flags, "--nosave", name="nosave")
     assert files(folder) == PLAIN, "best.pt is there in the end"
     best, last = (load_checkpoint(folder / "weights" / name).state_dict for name in ("best.pt", "last.pt"))
@@ -99,11 +99,11 @@ def test_time_limit_and_patience(flags: list[str], capfd: pytest.CaptureFixture[
     assert len(rows(run(flags, "--time-limit", "1e-6", "--epochs", "9", name="limit"))) == 1
     assert "time limit" in capfd.readouterr().out
     folder = run(flags, "--time-limit", "0.05", "--epochs", "99999", name="budget")  # three seconds
-    rates = [float(row["lr"]) for row in rows(folder)]
+    rates = [float(row["x/lr1"]) for row in rows(folder)]
     assert 1 < len(rates) < 99999 and load_checkpoint(folder / "weights" / "last.pt").training["seconds"] > 3
     folder = run(flags, "--patience", "1", "--epochs", "60", name="patience")  # a fitness that rises at 60 epochs running is not to be had
     table = rows(folder)
-    fitness = [0.1 * float(r["metrics/mAP50"]) + 0.9 * float(r["metrics/mAP50-95"]) for r in table]
+    fitness = [0.1 * float(r["metrics/mAP_0.5"]) + 0.9 * float(r["metrics/mAP_0.5:0.95"]) for r in table]
     assert len(table) < 60 and max(fitness[:-1]) >= fitness[-1] and "stopped early" in capfd.readouterr().out
     folder = run(flags, "--noval", "--time-limit", "1e-6", "--epochs", "9", name="unseen")
     assert files(folder) == PLAIN, "never validated, yet there is a best.pt"

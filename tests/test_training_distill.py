@@ -394,9 +394,9 @@ def test_train_with_a_teacher(
     shown = capfd.readouterr()
     assert f"teacher: {teacher} (0.01 M parameters) at 96 px" in shown.out and "distill" in shown.err and "features" in shown.err
     plain, taught = rows(place / "runs" / "plain"), rows(place / "runs" / "taught")
-    assert set(taught[0]) - set(plain[0]) == {"train/distill", "train/features"}
-    assert all(float(row["train/distill"]) > 0 and float(row["train/features"]) > 0 for row in taught)
-    assert taught[0]["train/box"] != plain[0]["train/box"] and set(plain[0]) <= set(taught[0])
+    assert set(taught[0]) - set(plain[0]) == {"train/distill_loss", "train/features_loss"}
+    assert all(float(row["train/distill_loss"]) > 0 and float(row["train/features_loss"]) > 0 for row in taught)
+    assert taught[0]["train/box_loss"] != plain[0]["train/box_loss"] and set(plain[0]) <= set(taught[0])
     for name in ("best.pt", "last.pt"):
         a, b = (load_checkpoint(place / "runs" / run / "weights" / name) for run in ("plain", "taught"))
         assert {key: value.shape for key, value in a.state_dict.items()} == {key: value.shape for key, value in b.state_dict.items()}

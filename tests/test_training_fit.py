@@ -201,7 +201,7 @@ def test_more_epochs_extend_a_finished_run(place: Path, flags: list[str], capfd:
     assert train.main(["--resume", last, "--epochs", "4"]) == 0
     assert f"{last}: 18 layers" in capfd.readouterr().out
     assert rows(run)[:2] == before and [row["epoch"] for row in rows(run)] == list("0123")
-    assert float(rows(run)[3]["lr"]) < float(rows(run)[2]["lr"]) * 1.5  # of a schedule of four epochs
+    assert float(rows(run)[3]["x/lr1"]) < float(rows(run)[2]["x/lr1"]) * 1.5  # of a schedule of four epochs
     assert "epochs: 4" in (run / "opt.yaml").read_text()
 
 
@@ -259,20 +259,21 @@ def test_checkpoints_of_a_run(whole: Path) -> None:
     raw, averaged = last.training["model"], last.state_dict
     assert any(not torch.equal(raw[key], averaged[key]) for key in raw), "the averaged weights are the checkpoint's own"
     best_row = rows(whole)[last.training["best_epoch"]]
-    assert float(best_row["metrics/mAP50-95"]) == pytest.approx(best.metrics["mAP50-95"], abs=1e-6)
-    fitness = [0.1 * float(r["metrics/mAP50"]) + 0.9 * float(r["metrics/mAP50-95"]) for r in rows(whole)]
+    assert float(best_row["metrics/mAP_0.5:0.95"]) == pytest.approx(best.metrics["mAP50-95"], abs=1e-6)
+    fitness = [0.1 * float(r["metrics/mAP_0.5"]) + 0.9 * float(r["metrics/mAP_0.5:0.95"]) for r in rows(whole)]
     assert last.training["best_fitness"] == pytest.approx(max(fitness), abs=1e-6) and np.argmax(fitness) == last.training["best_epoch"]
 
 
 def test_results_csv(whole: Path) -> None:
     table = rows(whole)
     assert len(table) == EPOCHS
-    assert list(table[0]) == ["epoch", *(f"{p}/{n}" for p in ("train", "val") for n in ("box", "obj", "cls")),
-                              *(f"metrics/{n}" for n in ("precision", "recall", "f1", "mAP50", "mAP50-95")), "lr", "slim/near_zero"]
+    assert list(table[0]) == ["epoch", *(f"{p}/{n}_loss" for p in ("train", "val") for n in ("box", "obj", "cls")),
+                              *(f"metrics/{n}" for n in ("precision", "recall", "f1", "mAP_0.5", "mAP_0.5:0.95")), "x/lr0", "x/lr1", "x/lr2",
+                              "slim/near_zero"], "YOLOv5's names, and what else there is to say"
     assert all(np.isfinite(float(value)) for row in table for value in row.values())
     for epoch, row in enumerate(table):  # of each epoch's last batch, in a warm-up of a hundred batches
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
-        assert float(row["lr"]) == pytest.approx(0.01 * cosine * (BATCHES * epoch + BATCHES - 1) / 100, rel=1e-4)
+        assert float(row["x/lr1"]) == float(row["x/lr2"]) == pytest.approx(0.01 * cosine * (BATCHES * epoch + BATCHES - 1) / 100, rel=1e-4)
 
 
 def test_write_results_of_rows_with_other_columns(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_train_resume_and_validate(tmp_path: Path, precision: str) -> None:
     assert train.main(["--resume", str(last), "--epochs", "3"]) == 0
     with open(run / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and all(np.isfinite(float(row["train/box"])) for row in rows)
+    assert len(rows) == 3 and all(np.isfinite(float(row["train/box_loss"])) for row in rows)
     shown = ["--weights", str(run / "weights" / "best.pt"), "--data", flags[3], "--imgsz", "64", "--noplots", "--project", str(tmp_path / "val")]
     assert val.main([*shown, "--device", "0", *(["--half"] if precision == "fp16" else [])]) == 0
 

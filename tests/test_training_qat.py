@@ -158,7 +158,7 @@ def whole(place: Path) -> Path:
 
 def test_a_run(place: Path, whole: Path):
     rows = list(csv.DictReader((whole / "results.csv").open()))
-    assert len(rows) == 2 and float(rows[0]["train/box"]) > 0 and float(rows[0]["lr"]) == 0.0005
+    assert len(rows) == 2 and float(rows[0]["train/box_loss"]) > 0 and float(rows[0]["x/lr1"]) == 0.0005
     opt = yaml.safe_load((whole / "opt.yaml").read_text())
     assert (opt["imgsz"], opt["precision"], opt["noautoanchor"], opt["hyp"]) == (SIDE, "fp32", True, "hyp.qat.yaml")
     best, last = (load_checkpoint(whole / "weights" / name) for name in ("best.pt", "last.pt"))

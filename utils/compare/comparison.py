@@ -128,7 +128,7 @@ class Comparison:
         row = self.rows[run.entrant.name]
         row.scores[run.seed] = self._scored(run.best, run.folder / "scores.json")
         epochs = read_results(run.folder / "results.csv")
-        row.learning[run.seed] = np.stack((epochs["epoch"] + 1, epochs["time_s"].cumsum() / 60, epochs["metrics/mAP50-95"]), 1)
+        row.learning[run.seed] = np.stack((epochs["epoch"] + 1, epochs["time_s"].cumsum() / 60, epochs["metrics/mAP_0.5:0.95"]), 1)
 
     def _scored(self, weights: Path, kept: Path) -> dict[str, Score]:
         return scored(weights, kept, self.splits, self._evaluate)

@@ -15,15 +15,17 @@ from utils.plots.figures import INK, class_color, new_figure, plain, save_figure
 
 # panel -> its columns in results.csv
 _PANELS = {
-    "box loss": ("train/box", "val/box"),
-    "objectness loss": ("train/obj", "val/obj"),
-    "class loss": ("train/cls", "val/cls"),
-    "distillation loss": ("train/distill",),
-    "feature distillation loss": ("train/features",),
+    "box loss": ("train/box_loss", "val/box_loss"),
+    "objectness loss": ("train/obj_loss", "val/obj_loss"),
+    "class loss": ("train/cls_loss", "val/cls_loss"),
+    "distillation loss": ("train/distill_loss",),
+    "feature distillation loss": ("train/features_loss",),
     "precision and recall": ("metrics/precision", "metrics/recall"),
-    "mAP": ("metrics/mAP50", "metrics/mAP50-95"),
-    "learning rate": ("lr",),
+    "mAP": ("metrics/mAP_0.5", "metrics/mAP_0.5:0.95"),
+    "learning rate": ("x/lr0", "x/lr1"),
 }
+
+_RATES = {"lr0": "biases", "lr1": "weights, norms"}
 
 
 def plot_results(results: Path, out: Path) -> None:
@@ -53,8 +55,7 @@ def plot_results(results: Path, out: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if keys[0].startswith("metrics/"):
             axes.set_ylim(bottom=0)
-        if len(keys) > 1 or "/" in keys[0]:
-            axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     save_figure(figure, out)
 
 
@@ -79,14 +80,14 @@ def plot_gammas(histograms: np.ndarray, bins: np.ndarray, out: Path) -> None:
 def _plot_series(axes: Axes, epoch: np.ndarray, values: np.ndarray, key: str, color: tuple[float, ...]) -> None:
     known = np.isfinite(values)
     epoch, values = epoch[known], values[known]
-    group, _, label = key.rpartition("/")
+    group, _, name = key.rpartition("/")
     axes.plot(epoch, values, ".", color=color, markersize=4, alpha=0.35 if len(values) > 5 else 1)
-    label = label if group == "metrics" else group
+    label = name if group == "metrics" else _RATES.get(name, group)
     if group == "metrics":
         best = int(values.argmax())
         label = f"{label}, best {values[best]:.3f} at {epoch[best]:g}"
         axes.plot(epoch[best], values[best], "*", color=color, markersize=11, markeredgecolor="white")
-    axes.plot(epoch, smooth(values) if group else values, color=color, linewidth=1.8, label=label)
+    axes.plot(epoch, values if name in _RATES else smooth(values), color=color, linewidth=1.8, label=label)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ from utils.training.stepper import Stepper
 from utils.training.tensorboard import Scalars
 
 _ALONE, _DENSE = World(), Sparsity()
+_COLUMNS = {"mAP50": "mAP_0.5", "mAP50-95": "mAP_0.5:0.95"}  # as YOLOv5's results.csv calls them
 
 
 class Training:
@@ -193,14 +194,14 @@ class Training:
 
     def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
         row = {"epoch": epoch, "time_s": round(seconds, 3)}
-        row |= {f"train/{name}": float(value) for name, value in zip(self.objective.names, trained.loss, strict=True)}
+        row |= {f"train/{name}_loss": float(value) for name, value in zip(self.objective.names, trained.loss, strict=True)}
         if self.result:
             metrics = self.result.metrics()
-            row |= {f"val/{name}": float(value) for name, value in zip(self.criterion.names, self.result.loss, strict=True)}
-            row |= {f"metrics/{name}": value for name, value in metrics.items()}
+            row |= {f"val/{name}_loss": float(value) for name, value in zip(self.criterion.names, self.result.loss, strict=True)}
+            row |= {f"metrics/{_COLUMNS.get(name, name)}": value for name, value in metrics.items()}
             info(f"  val: P {metrics['precision']:.3f}  R {metrics['recall']:.3f}  mAP50 {metrics['mAP50']:.4f}  mAP50-95 {metrics['mAP50-95']:.4f}"
                  f"  ({seconds:.0f} s, {trained.images_per_second:.0f} img/s, peak {peak_memory_bytes(self.device) / 2**30:.2f} GB)")
-        row["lr"] = trained.settings.weight_lr
+        row |= {f"x/lr{n}": group["lr"] for n, group in enumerate(self.stepper.optimizer.param_groups)}
         if slimming := self.sparsity.slimming:
             row["slim/near_zero"] = slimming.sparsity()
             self.state.gammas.append(slimming.histogram())
