@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.qat:
                 model = to_fine_tune(model, transfer.left, config.weights)
             elif model.spec.fused:
-                warn(f"{config.weights}: has no batch norms any more (--qat folded them): give --qat again, or start from the checkpoint before")
+                warn(f"{config.weights}: has no batch norms any more (folded by --qat, or before it was saved): give --qat, "
+                     "or start from the checkpoint before")
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
         freeze_rows(model, config.freeze)

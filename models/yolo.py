@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,20 +150,22 @@ def build_for_training(cfg: str, weights: str, names: Sequence[str]) -> tuple[De
     checkpoint = load_checkpoint(weights) if weights else None
     spec = load_spec(cfg, len(names)) if cfg else ModelSpec.from_dict(checkpoint.spec, str(weights), len(names))
     model = DetectionModel(spec, names)
-    if cfg:
-        _load_pretrained(model)
-    if checkpoint is None:
-        return model, None
     # A YAML that is named brings its own anchors; otherwise weights keep those that they were trained with.
-    taken = {key: value for key, value in checkpoint.state_dict.items() if not (cfg and key.endswith(".anchors"))}
-    return model, transfer_weights(model, taken)
+    taken = {key: value for key, value in checkpoint.state_dict.items() if not (cfg and key.endswith(".anchors"))} if checkpoint else {}
+    if cfg:
+        _load_pretrained(model, taken)
+    return model, transfer_weights(model, taken) if checkpoint else None
 
 
-def _load_pretrained(model: DetectionModel) -> None:
-    """Rows that can start from weights of their own (`load_pretrained()`) take those that their arguments name; pruned rows have no such weights."""
+def _load_pretrained(model: DetectionModel, taken: Mapping[str, Tensor]) -> None:
+    """Rows that can start from weights of their own (`load_pretrained()`) take those that their arguments name; pruned rows have no such weights,
+    and a row that a checkpoint fills wholly needs none."""
     pruned = {int(name.partition(".")[0]) for name in model.spec.widths}
     for layer, module in zip(model.spec.layers, model.model, strict=True):
         if hasattr(module, "load_pretrained"):
+            prefix = f"model.{layer.row}."
+            if all((key := prefix + name) in taken and taken[key].shape == own.shape for name, own in module.state_dict().items()):
+                continue
             if layer.row in pruned:
                 info(f"{layer.place}: starts from random weights: pretrained ones are for its whole width")
                 continue

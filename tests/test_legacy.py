@@ -129,6 +129,16 @@ def test_networks_of_another_kind(tmp_path, monkeypatch, family, module, head, s
         load_checkpoint(save(tmp_path, {"model": model}))
 
 
+def test_a_network_that_was_saved_fused(tmp_path, family):
+    model = build(family)
+    conv = model.model[0]
+    conv.conv = nn.Conv2d(3, 8, 3)
+    del conv.bn
+    read = load_checkpoint(save(tmp_path, {"model": model}))
+    assert read.spec["fused"] is True and "fused" not in load_checkpoint(save(tmp_path, {"model": build(family)})).spec
+    assert_equal(read.state_dict, expected(model))
+
+
 def test_anchors_of_the_yaml_where_the_head_has_none(tmp_path, family):
     model = build(family)
     model.model[1].stride = None

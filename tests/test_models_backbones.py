@@ -312,6 +312,7 @@ def test_weights_that_are_named_come_after_the_file(trained, tmp_path):
     save_checkpoint(tmp_path / "best.pt", Checkpoint(other.spec.to_dict(), other.names, other.state_dict()))
     model = start(tmp_path, str(tmp_path / "w.safetensors"), weights=str(tmp_path / "best.pt"))
     assert torch.equal(model.model[0].net.conv_stem.weight, other.model[0].net.conv_stem.weight)
+    assert start(tmp_path, "gone.safetensors", weights=str(tmp_path / "best.pt")).model[0].pretrained == "gone.safetensors"  # not looked for
 
 
 def test_only_a_training_from_a_yaml_looks_for_the_file(tmp_path):

@@ -47,7 +47,10 @@ def read_legacy(archive: Archive) -> LegacyNetwork:
     spec["anchors"] = _anchors(archive, head) or spec.get("anchors")
     if "activation" not in spec and (activation := _activation(archive, model)):
         spec["activation"] = activation
-    return LegacyNetwork(spec, names, {key: archive.tensor(ref) for key, ref in _tensors(archive, model)})
+    tensors = {key: archive.tensor(ref) for key, ref in _tensors(archive, model)}
+    if any(key.endswith(".conv.bias") for key in tensors) and not any(".bn." in key for key in tensors):
+        spec["fused"] = True  # saved after fuse(), as programs do that only detect
+    return LegacyNetwork(spec, names, tensors)
 
 
 def _find_model(archive: Archive) -> Instance:
