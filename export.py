@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     if config.int8:
         raise UserError(f"--int8: int8 is calibrated and scored on data: python quantize.py --weights {config.weights} --data "
-                        f"{config.data or 'my_set.yaml'} --to {next((name for name in config.include if name == 'openvino'), 'onnx')}")
+                        f"{config.data or 'my_set.yaml'} --to {'openvino' if 'openvino' in ' '.join(config.include).lower() else 'onnx'}")
     formats = choose_formats(config.include)
     device = select_device(config.device)
     load_plugin(config.plugin)

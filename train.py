@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
         largest = model.whole_strides(config.imgsz * 3 // 2) if config.multi_scale else config.imgsz
         dtype = compute_dtype(config.precision, device)
+        if len(set(world.gather(str(dtype)))) > 1:
+            raise UserError("--precision auto: the GPUs are of unlike kinds: name a precision that all have, such as --precision fp32")
         batch_size = fit_batch(model, config.batch_size, largest, device, world, len(train_split.images), dtype)
         config = dataclasses.replace(config, batch_size=batch_size)
         print_summary(model, config.imgsz, device, dtype)

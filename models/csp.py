@@ -103,11 +103,12 @@ class C3SPP(CSPStage):
     """`n` spatial pyramids in a CSP stage.
 
     Args:
-        k: the pools' sizes; or the shortcut of a C3 row that was made a C3SPP one, of which a pyramid has none.
+        k: the pools' sizes. In a C3 row that was made a C3SPP one shortcut and groups stand there, of which a pyramid has neither.
     """
 
-    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = True, e: float = 0.5) -> None:
-        k = (5, 9, 13) if isinstance(k, bool) else k
+    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = (5, 9, 13), e: float = 0.5) -> None:
+        if isinstance(k, bool):
+            k, e = (5, 9, 13), 0.5
         super().__init__(c1, c2, e, lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +65,18 @@ class HubModel:
         """
         options = NmsOptions(self.conf, self.iou, self.multi_label, self.agnostic, class_numbers(self.classes), self.max_det)
         weights = self._weights.computing("auto" if self.amp else "fp32")
-        weights = dataclasses.replace(weights, names=tuple(self.names[n] for n in range(len(weights.names))))
+        weights = dataclasses.replace(weights, names=self._all_names())
         start = time.perf_counter()
         pictures = list(open_pictures(ims, rgb=True))
         read_ms = (time.perf_counter() - start) * 1e3
         return HubResults(Detector(weights, augment=augment).run(pictures, check_options(options), size), weights.names, read_ms)
+
+    def _all_names(self) -> tuple[str, ...]:
+        count = len(self._weights.names)
+        names = self.names if isinstance(self.names, Mapping) else dict(enumerate(self.names))
+        if sorted(names, key=str) != sorted(range(count), key=str):
+            raise UserError(f"names: one is needed for each class number from 0 to {count - 1}, found {', '.join(map(repr, names)) or 'none'}")
+        return tuple(str(names[n]) for n in range(count))
 
     def to(self, device: str | int | torch.device) -> HubModel:
         """Move to another device, in place.

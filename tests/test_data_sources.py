@@ -143,6 +143,8 @@ def test_nothing_readable(tmp_path):
         ("blank.txt", "names no file"),
         ("wrong.txt", "wrong.txt:2: model.pt is neither"),
         ("http://127.0.0.1:1/a.jpg", "download it"),
+        ("list.streams", "one stream at a time: start a detect.py for each of its lines"),
+        ("cameras.txt", r"cameras.txt:2: rtsp://cam \[1\]/x is a stream, and streams are shown one at a time"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(tmp_path, monkeypatch, text, words):
@@ -153,6 +155,8 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, monkeypatch, text, wo
     (tmp_path / "images" / "notes.md").touch()
     (tmp_path / "blank.txt").write_text("# nothing\n\n")
     (tmp_path / "wrong.txt").write_text("a.png\nmodel.pt\n")
+    (tmp_path / "list.streams").write_text("rtsp://cam/1\n")
+    (tmp_path / "cameras.txt").write_text("a.png\nrtsp://cam [1]/x\n")
     with pytest.raises(UserError, match=words):
         open_source(text)
 

@@ -1,6 +1,7 @@
 """Networks out of PyTorch: the graph is the network's own decoding, the metadata comes back as it went, a false file is found out."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -381,8 +382,13 @@ def test_only_the_converter_is_blamed(tiny, tmp_path: Path, monkeypatch):
 
 def test_formats_by_name():
     assert choose_formats(["openvino", "onnx", "openvino"]) == [FORMATS["openvino"], FORMATS["onnx"]]
+    assert choose_formats(["ONNX,OpenVINO"]) == [FORMATS["onnx"], FORMATS["openvino"]]
+    assert all("export onnx" in format.missing() for format in choose_formats(["pb", "edgetpu", "paddle", "tfjs", "saved_model"]))
     with pytest.raises(UserError, match=r"--include onx: no such format; did you mean onnx.*there are onnx, openvino, ncnn, torchscript"):
         choose_formats(["onnx", "onx"])
+    for nothing in ("", ","):
+        with pytest.raises(UserError, match="--include : no such format; there are"):
+            choose_formats([nothing])
 
 
 def test_a_shuffle_brings_no_transposition_of_the_layout(tmp_path: Path):
@@ -395,3 +401,14 @@ def test_a_shuffle_brings_no_transposition_of_the_layout(tmp_path: Path):
         kinds.append([node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node])
     assert kinds[0] == kinds[1]
     assert next(p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1).is_contiguous(memory_format=torch.channels_last)  # as it was
+
+
+def test_files_are_compared_in_full_float32(tmp_path: Path, tiny: DetectionModel, monkeypatch: pytest.MonkeyPatch):
+    """TensorFloat-32, a GPU's own choice, is further from a file than the tolerance allows."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[bool] = []
+    reference = copy.deepcopy(tiny)
+    reference.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [np.zeros((64, 64, 3), np.uint8)], reference, CPU)
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32

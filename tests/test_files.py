@@ -56,8 +56,12 @@ def test_capitals_do_not_matter_and_folders_that_were_added_are_told(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "VOC.yaml").write_text("")
     assert find_file("voc.yaml", [tmp_path / "models"], "YAML") == tmp_path / "models" / "VOC.yaml"
-    with pytest.raises(UserError, match=r"^models/hub/VOC\.yaml: no such YAML; did you mean VOC\.yaml, which needs no folder\?$"):
-        find_file("models/hub/VOC.yaml", [tmp_path / "models"], "YAML")
+    with pytest.raises(UserError, match=r"^hub/VOC\.yaml: no such YAML; looked at hub/VOC\.yaml, .*; did you mean VOC\.yaml\?$"):
+        find_file("hub/VOC.yaml", [tmp_path / "models"], "YAML")
+    (tmp_path / "models" / "voc.YAML").write_text("")
+    if len(list((tmp_path / "models").iterdir())) > 1:  # capitals count on this disk: which is meant?
+        with pytest.raises(UserError, match="no such YAML"):
+            find_file("Voc.yaml", [tmp_path / "models"], "YAML")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "x\0y", "a" * 300, "a/" * 100, "~nosuchuser/x.yaml", "x.[", "x.**", "*", "\ud800", "/", "\n"])

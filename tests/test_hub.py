@@ -165,6 +165,10 @@ def test_names_may_be_changed(place):
     assert found.names == {0: "human", 1: "green"} and set(found.pandas().xyxy[0].name) <= {"human", "green"}
     own.names = ["a", "b"]
     assert own(place / "a.png").names == {0: "a", 1: "b"}
+    for names in (["a"], {0: "a"}, {"0": "a", "1": "b"}):
+        own.names = names
+        with pytest.raises(UserError, match="names: one is needed for each class number from 0 to 1, found"):
+            own(place / "a.png")
 
 
 def test_arrays_are_rgb(model, place):

@@ -123,7 +123,7 @@ def test_networks_of_another_kind(tmp_path, monkeypatch, family, module, head, s
     for package in ("ultralytics", "ultralytics.nn", module):
         monkeypatch.setitem(sys.modules, package, place)
     for name in ("DetectionModel", head):
-        setattr(place, name, type(name, (nn.Module,), {"__module__": module}))
+        monkeypatch.setattr(place, name, type(name, (nn.Module,), {"__module__": module}), raising=False)
     model = build(types.SimpleNamespace(Model=place.DetectionModel, Conv=family.Conv, Detect=getattr(place, head)))
     with pytest.raises(UserError, match=says):
         load_checkpoint(save(tmp_path, {"model": model}))

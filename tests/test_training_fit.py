@@ -318,7 +318,7 @@ def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     maps = 8 * (32**2 + 16**2 + 8**2 + 4**2 + 2**2) * 4  # the convolutions' outputs, float32; batch norm and SiLU keep their own
     assert 2 * maps < each < 8 * maps
     alone, two = World(), World(0, 2)
-    monkeypatch.setattr(World, "least", lambda world, number: number)
+    monkeypatch.setattr(World, "gather", lambda world, value: [value, value + world.size - 1])
     assert fit_batch(model, -1, 64, CPU, alone, images=10) == 10
     assert fit_batch(model, -1, 64, CPU, alone, images=100_000) == 512
     assert fit_batch(model, -1, 64, CPU, two, images=7) == 6 and fit_batch(model, -1, 64, CPU, two, images=1) == 2

@@ -1,10 +1,9 @@
 """The settings of each script."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from utils.cpu import PrecisionName
 from utils.flags import NOT_NEGATIVE, POSITIVE, UNIT, Check, option
@@ -33,35 +32,8 @@ def _height_and_width() -> Any:
                   aliases=("--img", "--img-size"))
 
 
-class Family:
-    """What programs of the YOLO family have besides, and what takes its place here."""
-
-    ELSEWHERE: ClassVar[Mapping[str, str]] = {
-        "--evolve": "hyperparameters are not evolved here: copy data/hyps/hyp.scratch.yaml, change it, and compare with compare.py --hyp",
-        "--adam": "use --optimizer Adam",
-        "--linear-lr": "linear is the default; --cos-lr is the other one",
-        "--notest": "use --noval",
-        "--quad": "leave it out: loaders share their work by image here",
-        "--local_rank": "torchrun tells each process its rank: start it with torchrun --nproc_per_node 2 train.py …",
-        "--local-rank": "torchrun tells each process its rank: start it with torchrun --nproc_per_node 2 train.py …",
-        **dict.fromkeys(("--entity", "--bucket", "--upload_dataset", "--bbox_interval", "--artifact_alias"),
-                        "leave it out: nothing is sent anywhere; results.csv and TensorBoard's files have the curves"),
-        "--save-hybrid": "leave it out: labels never take part in what is scored",
-        "--dnn": "leave it out: ONNX files run in ONNX Runtime",
-        "--update": "leave it out: checkpoints are data, with nothing in them to strip",
-        "--visualize": "feature maps are not drawn; compare.py --layers shows what each row costs",
-        "--optimize": "leave it out: torchscript files are traced from the fused network",
-        "--workspace": "leave it out: it is TensorRT's, which --include engine says how to reach",
-        "--keras": "leave it out: --include tflite writes TFLite files without TensorFlow",
-        "--inplace": "leave it out: nothing is done in place in the graphs written here",
-        "--agnostic-nms": "suppression in the graph is by class; detect.py --agnostic-nms suppresses across classes",
-        "--topk-per-class": "--max-det says how many boxes --nms leaves",
-        "--topk-all": "--max-det says how many boxes --nms leaves",
-    }
-
-
 @dataclass(frozen=True)
-class Blocks(Family):
+class Blocks:
     plugin: str = option("", "a Python file of your own blocks, to be imported and registered", metavar="FILE.py")
 
 

@@ -92,8 +92,7 @@ def machine(device: torch.device) -> str:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for logs and tables: the device, its threads and the precision."""
-    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and has_bf16(device)
-    return f"{machine(device)}, {PRECISION[dtype]}{' (TF32)' if tf32 else ''}, torch {torch.__version__}"
+    return f"{machine(device)}, {PRECISION[dtype]}, torch {torch.__version__}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

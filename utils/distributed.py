@@ -29,13 +29,12 @@ class World(NamedTuple):
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def least(self, number: int) -> int:
-        """The smallest of all processes' numbers."""
-        if self.size == 1:
-            return number
-        numbers = [0] * self.size
-        distributed.all_gather_object(numbers, number)
-        return min(numbers)
+    def gather(self, value: T) -> list[T]:
+        """Each process's plain value, in every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
 
     def first_alone(self, make: Callable[[], T]) -> T:
         """What each process makes for itself, the first before the others: they find the files that it leaves."""
@@ -63,9 +62,9 @@ class World(NamedTuple):
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def gathering(network: nn.Module) -> AbstractContextManager[None]:
-    """For a forward and a backward pass whose gradients stay in each process until those of a later one are averaged with them."""
-    return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
+def averaging(network: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """For a forward and a backward pass: gradients are averaged over the processes in it, or stay in each until a later pass averages them all."""
+    return nullcontext() if now or not isinstance(network, nn.parallel.DistributedDataParallel) else network.no_sync()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ _MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 100_000, 50  # of a YAML file
 
 
 def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
-    """The first existing file among `name` itself and `folders / name`; else the one there whose name differs in its capitals alone.
+    """The first existing file among `name` itself and `folders / name`; else the only one there whose name differs in its capitals alone.
 
     Raises:
         UserError: none exists; the line lists every place tried and the nearest names there.
@@ -33,12 +33,11 @@ def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
         if os.path.isfile(path):  # unlike Path.is_file, also False for a name that no file can have
             return path
     for path in tried:
-        for entry in _entries(path.parent):
-            if entry.casefold() == path.name.casefold() and os.path.isfile(path.with_name(entry)):
-                return path.with_name(entry)
-    if any(os.path.isfile(folder / tried[0].name) for folder in folders):
-        raise UserError(f"{name}: no such {what}; did you mean {tried[0].name}, which needs no folder?")
+        alike = [entry for entry in _entries(path.parent) if entry.casefold() == path.name.casefold()]
+        if len(alike) == 1 and os.path.isfile(path.with_name(alike[0])):
+            return path.with_name(alike[0])
     known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix == tried[0].suffix}
+    known |= {tried[0].name for folder in folders if folder != ROOT and os.path.isfile(folder / tried[0].name)}  # of ours: it needs no folder
     raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(tried[0].name, known)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +18,30 @@ POSITIVE: Check = (lambda v: v > 0, "must be above 0")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be 0 or more")
 UNIT: Check = (lambda v: 0 <= v <= 1, "must be between 0 and 1")
 
+_TORCHRUN = "torchrun tells each process its rank: start it with torchrun --nproc_per_node 2 train.py …"
+_NOTHING_IS_SENT = "leave it out: nothing is sent anywhere; results.csv and TensorBoard's files have the curves"
+_ELSEWHERE = {  # flags of the YOLO family that are not here, and what takes their place
+    "--evolve": "hyperparameters are not evolved here: copy data/hyps/hyp.scratch.yaml, change it, and compare with compare.py --hyp",
+    "--adam": "use --optimizer Adam",
+    "--linear-lr": "linear is the default; --cos-lr is the other one",
+    "--notest": "use --noval",
+    "--quad": "leave it out: images are not joined into larger ones here, but for the mosaic",
+    "--local_rank": _TORCHRUN,
+    "--local-rank": _TORCHRUN,
+    **dict.fromkeys(("--entity", "--bucket", "--upload_dataset", "--bbox_interval", "--artifact_alias"), _NOTHING_IS_SENT),
+    "--save-hybrid": "leave it out: labels never take part in what is scored",
+    "--dnn": "leave it out: ONNX files run in ONNX Runtime",
+    "--update": "leave it out: checkpoints are data, with nothing in them to strip",
+    "--visualize": "feature maps are not drawn; compare.py --layers shows what each row costs",
+    "--optimize": "leave it out: torchscript files are traced from the fused network",
+    "--workspace": "leave it out: it is TensorRT's, which --include engine says how to reach",
+    "--keras": "leave it out: --include tflite writes TFLite files without TensorFlow",
+    "--inplace": "leave it out: graphs written here change nothing in place",
+    "--agnostic-nms": "boxes are suppressed within their class here; detect.py --agnostic-nms suppresses across classes",
+    "--topk-per-class": "--max-det says how many boxes are left",
+    "--topk-all": "--max-det says how many boxes are left",
+}
+
 
 def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequence[str] = (), **argparse_args: Any) -> Any:
     """A dataclass field that is also a command-line flag."""
@@ -25,22 +49,17 @@ def option(default: Any, text: str, *, check: Check | None = None, aliases: Sequ
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, with the nearest flags.
-
-    Attributes:
-        elsewhere: flags that other programs of the family have, and what takes their place here.
-    """
-
-    elsewhere: Mapping[str, str] = {}
+    """argparse whose complaints are one line, with the nearest flags."""
 
     def error(self, message: str) -> NoReturn:
         name, _, words = message.partition(": ")
         if name == "unrecognized arguments":
             flag = words.split()[0].partition("=")[0]
             if not flag.startswith("-"):
-                raise UserError(f"{flag}: belongs to no flag: the one before it takes a single value (a pattern goes in quotes: 'images/*.jpg')")
-            if flag in self.elsewhere:
-                raise UserError(f"{flag}: {self.elsewhere[flag]}")
+                raise UserError(f"{flag}: belongs to no flag: each takes one value, unless --help shows several (patterns, and names with spaces, "
+                                "go in quotes)")
+            if flag in _ELSEWHERE:
+                raise UserError(f"{flag}: {_ELSEWHERE[flag]}")
             message = f"unknown argument {flag}{did_you_mean(flag, self._option_string_actions)}"
         raise UserError(f"{message} (--help lists all flags)")
 
@@ -57,7 +76,6 @@ def parse(cls: type[Config], argv: Sequence[str] | None, description: str) -> Co
 def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """Only the settings that the command line names, checked; raises as `parse`."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    parser.elsewhere = getattr(cls, "ELSEWHERE", {})
     for f in dataclasses.fields(cls):
         flags = [f"--{f.name.replace('_', '-')}", *f.metadata["aliases"]]
         arguments = {"dest": f.name, "help": f.metadata["help"]} | f.metadata["argparse"]

@@ -9,6 +9,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.files import ROOT, did_you_mean, find_file, read_yaml
 from utils.flags import NOT_NEGATIVE, POSITIVE, UNIT, Check, check_value
+from utils.log import warn
 
 
 def _hyper(default: float, text: str, check: Check) -> Any:
@@ -46,7 +47,7 @@ class Hyp:
     mixup: float = _hyper(0.0, "probability of mixing two mosaics", UNIT)
 
 
-_IDLE_HYPS = {"iou_t", "copy_paste"}  # of YOLOv5's files: nothing reads the one in training, and where labels are boxes the other copies nothing
+_IDLE_HYPS = {"iou_t", "copy_paste"}  # of YOLOv5's files: in training nothing reads the one, and the other copies outlines, which are boxes here
 _OFF_HYPS = {  # what changes nothing, and what to do with another value
     "fl_gamma": ((0,), "there is no focal loss here: set it to 0"),
     "anchors": ((0, 3), "so many a level are named in the model YAML, as anchors: 4; set it to 0 here"),
@@ -68,6 +69,8 @@ def hyp_from_dict(content: dict[str, Any], origin: str) -> Hyp:
     values = {}
     for key, value in content.items():
         if key in _IDLE_HYPS or (key in _OFF_HYPS and value in _OFF_HYPS[key][0]):
+            if key == "copy_paste" and value != 0:
+                warn(f"{origin}: copy_paste: {value} does nothing: outlines are taken as boxes here")
             continue
         if key not in fields:
             raise UserError(f"{origin}: {key}: {_OFF_HYPS[key][1] if key in _OFF_HYPS else 'unknown key' + did_you_mean(key, fields)}")

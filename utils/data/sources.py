@@ -189,7 +189,7 @@ def _read_list(path: Path) -> list[Path]:
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        if urlsplit(entry).scheme.lower() in STREAM_SCHEMES:
+        if entry.partition("://")[0].lower() in STREAM_SCHEMES:
             raise UserError(f"{path}:{number}: {entry} is a stream, and streams are shown one at a time: start a detect.py with it as --source")
         if not _is_readable(Path(entry)):
             raise UserError(f"{path}:{number}: {entry} is neither an image ({_words(IMAGE_SUFFIXES)}) nor a video ({_words(VIDEO_SUFFIXES)})")

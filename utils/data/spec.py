@@ -17,6 +17,7 @@ SPLITS = ("train", "val", "test")
 FORMATS = ("yolo", "coco", "voc", "visdrone")
 CHECKSUMS = {"sha256": 64, "sha1": 40, "md5": 32}  # hexadecimal digits
 _KEYS = {"path", *SPLITS, "nc", "names", "format", "images", "download", "generate", "roboflow"}  # roboflow: a licence note in its exports
+_BESIDE = ROOT.parent / "datasets"  # beside the clone, as YOLOv5 has it
 _DOWNLOAD_KEYS = {"url", "to", *CHECKSUMS}
 
 
@@ -73,7 +74,8 @@ def find_data_yaml(name: str) -> Path:
 
 
 def load_data_spec(name: str, data_root: str | None = None) -> DataSpec:
-    """Find `name` (here or in data/), check it and find its root: beside the YAML, in the data root, in datasets/, in the working folder.
+    """Find `name` (here or in data/), check it and find its root: beside the YAML, in the data root, in datasets/ in the clone or beside it, in
+    the working folder.
 
     Args:
         data_root: the folder that holds data sets; the environment's YOLO_DATASETS where None.
@@ -176,8 +178,7 @@ def _downloads(file: Path, value: Any) -> tuple[tuple[Download, ...], bool]:
 
 def _data_roots(data_root: str | None) -> list[Path]:
     given = data_root or os.environ.get("YOLO_DATASETS")
-    beside_the_clone = ROOT.parent / "datasets"  # as YOLOv5 has it
-    return [*([Path(given).expanduser().absolute()] if given else []), ROOT / "datasets", beside_the_clone]
+    return [*([Path(given).expanduser().absolute()] if given else []), ROOT / "datasets"]
 
 
 def _possible_roots(file: Path, content: dict[str, Any], data_root: str | None) -> tuple[list[Path], Path]:
@@ -192,9 +193,9 @@ def _possible_roots(file: Path, content: dict[str, Any], data_root: str | None) 
         return [Path(path).expanduser()], Path(path).expanduser()
     roots = _data_roots(data_root)
     if path:
-        places = [file.parent / path, *(p for r in roots for p in (r / path, r / Path(path).name)), Path.cwd() / path]
+        places = [file.parent / path, *(p for r in (*roots, _BESIDE) for p in (r / path, r / Path(path).name)), Path.cwd() / path]
     else:
-        places = [file.parent, *(r / file.stem for r in roots), Path.cwd()]
+        places = [file.parent, *(r / file.stem for r in (*roots, _BESIDE)), Path.cwd()]
     return list(dict.fromkeys(map(_normal, places))), _normal(roots[0] / (Path(path).name if path else file.stem))
 
 

@@ -129,8 +129,9 @@ FORMATS = {
 _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here, and the way there from a file that proved itself
     "coreml": "its files run, and so could prove themselves, on a Mac only: export torchscript, and there pip install coremltools and convert that",
     "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
-    **dict.fromkeys(("saved_model", "pb", "edgetpu", "tfjs", "paddle"), "export onnx, and convert that with the format's own tools (onnx2tf, "
-                    "edgetpu_compiler on tflite, X2Paddle)"),
+    **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
+    "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",
+    "paddle": "export onnx, and convert that with X2Paddle, in an environment with PaddlePaddle",
 }
 
 
@@ -141,7 +142,7 @@ def choose_formats(asked: Sequence[str]) -> list[Format]:
         UserError: no such format.
     """
     known = FORMATS | {name: Format(name, (), f".{name}", False, None, elsewhere=reason) for name, reason in _ELSEWHERE.items()}
-    asked = [name for text in asked for name in text.lower().split(",") if name]
+    asked = [name for text in asked for name in text.lower().split(",")]
     for name in asked:
         if name not in known:
             raise UserError(f"--include {name}: no such format{did_you_mean(name, known)}; there are {', '.join(FORMATS)}")

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,13 +12,21 @@ from tqdm import tqdm
 
 from utils.data.dataset import Batch
 from utils.device import autocast, peak_memory_bytes
-from utils.distributed import gathering
+from utils.distributed import averaging
 from utils.errors import UserError
 from utils.log import is_main_process
 from utils.network import to_input
 from utils.training.loss import Loss
 from utils.training.schedule import StepSettings
 from utils.training.stepper import Stepper
+
+
+class Batches(Protocol):
+    """A loader, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class Criterion(Protocol):
@@ -39,7 +46,7 @@ class EpochResult(NamedTuple):
 
 def train_epoch(
     network: nn.Module,
-    batches: Collection[Batch],
+    batches: Batches,
     criterion: Criterion,
     stepper: Stepper,
     settings: Callable[[int], StepSettings],
@@ -64,8 +71,7 @@ def train_epoch(
     bar = tqdm(batches, desc=title, dynamic_ncols=True, disable=not is_main_process(), leave=True)
     for n, batch in enumerate(bar):
         images, step = resize(n, to_input(batch.images, device)), settings(n)
-        moves = stepper.moves_next(step) or n + 1 == len(batches)
-        with nullcontext() if moves else gathering(network):
+        with averaging(network, now=stepper.moves_next(step) or n + 1 == len(batches)):
             with autocast(device, dtype):
                 outputs = network(images)
             loss = criterion(outputs, batch.targets.to(device, non_blocking=True))

@@ -52,17 +52,18 @@ def fit_batch(
     """
     if batch_size != -1 and batch_size % world.size:
         raise UserError(f"--batch-size {batch_size} counts the images of all {world.size} processes: use a multiple of {world.size}")
-    free = world.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
     each = bytes_per_image(model, imgsz, device, dtype)
-    fits = max(int((free * _USABLE - state) / each), 0) * world.size if free else _LARGEST
+    surely, perhaps = int((free * _USABLE - state) / each), int((free - state) / each * _OVERHEAD)
+    fits, may_fit = (max(min(world.gather(count)), 0) * world.size if free else _LARGEST for count in (surely, perhaps))
     if batch_size == -1:
         batch_size = max(min(fits, _LARGEST, images) // world.size, 1) * world.size
         info(f"--batch-size -1: {batch_size} images of {each / 2**20:.0f} MB each, {free / 2**30:.1f} GB free")
     if batch_size > fits:
         told = (f"--batch-size {batch_size} at {imgsz} px needs about {(batch_size * each / world.size + state) / 2**30:.1f} GB a process, "
                 f"{free / 2**30:.1f} GB are free: use --batch-size {max(fits, 1)} or less, or a smaller --imgsz")
-        if device.type == "cpu" or batch_size * each / _OVERHEAD / world.size + state > free:
+        if device.type == "cpu" or batch_size > may_fit:
             raise UserError(told)
-        warn(f"{told}, if it runs out of memory")  # a GPU says so in time; the estimate was made on a CPU
+        warn(f"{told}, if it runs out of memory")  # a GPU says so in time; the allowance was measured on a CPU
     return batch_size
