@@ -1,0 +1,50 @@
+"""What README, docs and the heads of files tell users to type and to open is there."""
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig
+from utils.files import ROOT
+from utils.flags import parse_given
+
+CONFIGS = {"train": TrainConfig, "val": ValConfig, "detect": DetectConfig, "compare": CompareConfig, "export": ExportConfig, "prune": PruneConfig,
+           "quantize": QuantizeConfig}  # fmt: skip
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(rf"^(?:[A-Z_]+=\S* )*(?:python3?|torchrun --nproc_per_node \d+) ({'|'.join(CONFIGS)})\.py(.*)$")
+
+
+def commands(path: Path) -> Iterator[tuple[str, str]]:
+    """Script and flags of each whole command line: of code in a page, of indented or commented lines elsewhere."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()] + [" ".join(span.split()) for span in spans]
+    else:
+        lines = [line.strip().removeprefix("# ").strip() for line in text.splitlines()]
+    for line in lines:
+        for part in line.split(" && "):
+            if (found := COMMAND.match(part.strip())) and "…" not in part:
+                yield found[1], found[2].replace("$P", "--plugin my_blocks.py").strip()
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(ROOT / f"{name}.py" for name in CONFIGS)], ids=lambda path: path.name)
+def test_commands_are_understood(path: Path) -> None:
+    for script, flags in commands(path):
+        assert parse_given(CONFIGS[script], shlex.split(flags, comments=True), ""), flags
+
+
+def test_there_are_commands_to_understand() -> None:
+    found = [command for path in PAGES for command in commands(path)]
+    assert len(found) > 50 and {script for script, _ in found} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
+        assert re.match(r"https?://", target) or (path.parent / target).exists(), target
