@@ -145,17 +145,21 @@ def whole(args: argparse.Namespace, mode: Mode, out: Path) -> None:
     weights = open_weights(str(beside(args.weights, mode)), "cpu", mode.precision)
     imgsz = weights.fixed or weights.image_size(args.imgsz)
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, NmsOptions())
-    with frames_of(args) as source:
-        held = [frame.image for frame in islice(source, _ALONE)]
-    infer_all(predictor, held[:4])  # compiled, and its memory there
+    infer_all(predictor, first_frames(args, 4))  # compiled, and its memory there
     start, cpu = time.perf_counter(), time.process_time()
     tally = detect(frames_of(args), predictor, ResultWriter(lambda: out, Outputs()))
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    alone = stages_alone(args, predictor, held, out)
+    memory = peak_memory_bytes(_CPU)  # before what follows holds its frames
+    alone = stages_alone(args, predictor, first_frames(args, _ALONE), out)
     pipeline_ms, slowest = wall / tally.images * 1e3, max(alone.values())
     folder = {"folder": folder_share(args, predictor, out)} if args.images else {}
     report(ms=pipeline_ms, slowest=slowest, of_slowest=pipeline_ms / slowest, cores=cpu / wall, boxes=tally.boxes, convolution=convolution_ms(),
-           memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=weights.description, **alone, **folder)
+           memory_GB=memory / 2**30, machine=weights.description, **alone, **folder)
+
+
+def first_frames(args: argparse.Namespace, count: int) -> list[np.ndarray]:
+    with frames_of(args) as source:
+        return [frame.image for frame in islice(source, count)]
 
 
 def infer_all(predictor: Predictor, images: Iterable[np.ndarray]) -> list[Result]:

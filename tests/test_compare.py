@@ -18,13 +18,14 @@ from models import profile
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.compare import comparison, runs
 from utils.compare.entrants import Entrant, check_settings, find_entrants, image_size
-from utils.compare.report import rank_notes
+from utils.compare.report import rank_notes, write_report
 from utils.compare.rows import Profile, Row, columns_of, mean_and_std, spearman
 from utils.compare.runs import Run, command, plan_runs
 from utils.compare.scores import Score
 from utils.compare.table import as_csv, as_latex, as_markdown, as_text
 from utils.config import CompareConfig
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.measure.timing import Latency
 from utils.plots.comparison import pareto_front
 
@@ -37,6 +38,9 @@ def test_names_come_from_files_and_runs(tmp_path: Path) -> None:
     assert [e.name for e in entrants[:2]] == ["yolov5n", "yolov5s-shuffle-c3"] and entrants[0].cfg == "yolov5n.yaml"
     assert [e.name for e in entrants[-2:]] == ["first", "light"] and entrants[-1].weights == "weights/light.pt"
     assert find_entrants(["yolov5n.yaml", "yolov5n.yaml"], []) == [Entrant("yolov5n", cfg="yolov5n.yaml")]
+    assert find_entrants(["yolov5n.yaml", "models/yolov5n.yaml", str(ROOT / "models/yolov5n.yaml")], []) == [Entrant("yolov5n", cfg="yolov5n.yaml")]
+    (tmp_path / "net[1].yaml").touch()
+    assert find_entrants([str(tmp_path / "net[1].yaml")], [])[0].name == "net[1]"
     assert len(find_entrants(["models/*.yaml"], [])) > 12
 
 
@@ -53,12 +57,16 @@ def test_entrants_that_can_not_be(cfgs: tuple[str, ...], weights: tuple[str, ...
 
 def test_a_folder_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     config = CompareConfig(data="bccd.yaml", imgsz=640)
-    check_settings(tmp_path, config, "abc")
-    check_settings(tmp_path, dataclasses.replace(config, seeds=(0, 1), cfg=("more.yaml",), data="bccd", workers=0), "abc")
+    check_settings(tmp_path, config, "abc", "t")
+    check_settings(tmp_path, dataclasses.replace(config, seeds=(0, 1), cfg=("more.yaml",), data="bccd", workers=0), "abc", "t")
     with pytest.raises(UserError, match=r"holds a comparison with --imgsz 640 --epochs 100: repeat these to go on with it, or give another --name"):
-        check_settings(tmp_path, dataclasses.replace(config, imgsz=320, epochs=5), "abc")
-    with pytest.raises(UserError, match="holds a comparison on other images or labels: give another --name"):
-        check_settings(tmp_path, config, "abd")
+        check_settings(tmp_path, dataclasses.replace(config, imgsz=320, epochs=5), "abc", "t")
+    for of_val, of_training in (("abd", "t"), ("abc", "u")):
+        with pytest.raises(UserError, match="holds a comparison on other images or labels: give another --name"):
+            check_settings(tmp_path, config, of_val, of_training)
+    check_settings(tmp_path, config, "abc", "")  # checkpoints alone are trained on nothing
+    with pytest.raises(UserError, match="with no --single-cls: repeat these"):
+        check_settings(tmp_path, dataclasses.replace(config, single_cls=True), "abc", "t")
 
 
 def test_checkpoints_are_scored_at_their_own_size(tmp_path: Path) -> None:
@@ -140,6 +148,16 @@ def test_rank_correlation_by_hand(a: list[float], b: list[float], expected: floa
     assert spearman(a, b) == pytest.approx(expected, nan_ok=True)
 
 
+def test_networks_are_ranked_by_the_first_runtime_that_was_asked_for(tmp_path: Path) -> None:
+    """Even where the first of them fails in it; one that fails somewhere is not the last for that."""
+    rows = [row("broken", None, 1.0), row("slow", 20.0, 2.0), row("fast", 2.0, 3.0, problems=["TorchScript: does not run"])]
+    rows[0].profile.latency["TorchScript", 1] = rows[1].profile.latency["TorchScript", 1] = Latency(1.0, 1.0, 0.1, 3)
+    write_report(tmp_path, "costs", rows, {}, [("PyTorch fp32", 1), ("TorchScript", 1)], [], pictures=False)
+    table = list(csv.DictReader((tmp_path / "costs.csv").read_text().splitlines()))
+    assert [r["network"] for r in table] == ["fast", "slow", "broken"]
+    assert [key for key in table[0] if "p50" in key] == ["PyTorch fp32 b1 p50 (ms)", "TorchScript b1 p50 (ms)"]
+
+
 def test_what_flops_say_of_latency() -> None:
     misled = [row("a", 30.0, 1.0), row("b", 20.0, 2.0), row("c", 10.0, 3.0), row("d", None, 4.0)]
     assert "of 3 networks: GFLOPs -1.00, parameters -1.00" in rank_notes(misled, [("PyTorch fp32", 1)])[0]
@@ -170,6 +188,8 @@ def test_tables_say_the_same() -> None:
     latex = as_latex(ROWS, COLUMNS, ["50 % of it"])
     assert r"a\_light & 2.00" in latex and r"0.350 $\pm$ 0.071" in latex and "% 50 % of it" in latex
     assert "% broken: no such model YAML" in latex and latex.count(r"\\") == 4
+    odd = as_markdown([row("a|b", 1.0, 1.0)], [], []).splitlines()
+    assert odd[:3] == ["| network |", "| --- |", r"| a\|b |"]
     text = as_text(ROWS, COLUMNS)
     assert "p90" not in text and len({len(line) for line in text.splitlines()}) == 1
 
@@ -223,6 +243,14 @@ def test_one_is_added_one_fails_and_none_is_trained_twice(tmp_path: Path, flags:
         assert [r["network"] for r in csv.DictReader(file)] == [r for r in table if r != "gone"]
     assert (folder / "compare.md").read_text().count("| small |") == 1
 
+    third = str(model_yaml(tmp_path, name="third.yaml", width=8, levels=2))
+    assert compare.main(["--cfg", third, *flags, "--noplots"]) == 0
+    assert trained.stat().st_mtime_ns == before
+    table = table_of(folder)
+    assert set(table) == {"small", "wide", "third"} and all(r["val mAP50-95"] and r["training (min)"] for r in table.values())
+    assert compare.main(["--cfg", first, *flags, "--noplots", "--seeds", "1"]) == 0
+    assert table_of(folder)["small"]["val mAP50-95 n"] == "2" and "seeds 0 1;" in (folder / "compare.md").read_text()
+
 
 def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path, flags: list[str], shared: Path) -> None:
     assert train.main(["--cfg", str(model_yaml(tmp_path)), *flags[:14], "--noplots", "--project", str(tmp_path / "runs"), "--name", "mine"]) == 0
@@ -248,6 +276,10 @@ def test_other_networks_of_one_name_are_told_apart(tmp_path: Path, flags: list[s
     assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 0
     assert compare.main(["--cfg", str(cfg), *flags, "--noplots", "--hyp", str(hyp)]) == 1
     assert "was trained with other hyperparameters" in table_of(tmp_path / "runs" / "both")["tiny"]["problem"]
+    model_yaml(tmp_path, anchors=3)
+    assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 0, "as many anchors a level"
+    model_yaml(tmp_path, anchors=2)
+    assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 1
     model_yaml(tmp_path, width=16)
     assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 1
     table = table_of(tmp_path / "runs" / "both")["tiny"]
@@ -270,9 +302,12 @@ def test_a_block_that_breaks_costs_its_row(tmp_path: Path, flags: list[str], mon
     assert compare.main(["--cfg", str(bad), str(good), *flags[2:], "--noplots"]) == 1
     table = table_of(tmp_path / "runs" / "both", "costs.csv")
     assert "ZeroDivisionError" in table["bad"]["problem"] and table["good"]["PyTorch fp32 b1 p50 (ms)"]
+    monkeypatch.setattr(profile, "draw_rows", lambda *_: 1 / 0)
+    assert compare.main(["--cfg", str(good), *flags[2:], "--noplots", "--layers"]) == 1
+    assert "ZeroDivisionError" in table_of(tmp_path / "runs" / "both", "costs.csv")["good"]["problem"]
 
 
-def test_costs_alone_need_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_costs_alone_need_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     cfg = str(model_yaml(tmp_path))
     argv = ["--cfg", cfg, "--imgsz", "64", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1", "2"]
     assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "TorchScript"]) == 0
@@ -280,6 +315,8 @@ def test_costs_alone_need_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert all(float(table[f"{runtime} b{batch} p50 (ms)"]) > 0 for runtime in ("PyTorch fp32", "TorchScript") for batch in (1, 2))
     assert not list((tmp_path / "costs").glob("*.png"))
     capfd.readouterr()
+    monkeypatch.setattr("utils.measure.runtimes.pip_install", lambda packages: f"needs {' '.join(packages)}" if packages else None)
+    assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "openvino"]) == 1, "asked for, and not there"
     assert compare.main([*argv, "--runtimes", "Torch-Skript"]) == 2
     assert "no such runtime; did you mean torchscript" in capfd.readouterr().err
 

@@ -26,7 +26,7 @@ from utils.plots.formats import draw_formats
 def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: bf16)
     for name in ("best.pt", "last.pt", "best.onnx", "best_int8.onnx", "best2.onnx", "last.onnx", "best.mismatch.onnx", "best_int8.failed.onnx",
-                 "best.txt"):  # fmt: skip
+                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx"):  # fmt: skip
         (tmp_path / name).touch()
     for name in ("best_openvino_model", "best_int8_openvino_model", "best.mismatch_openvino_model"):
         (tmp_path / name).mkdir()
@@ -84,9 +84,13 @@ def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkey
         return run
 
     monkeypatch.setattr(formats, "_one", one)
+    def size_of(asked: int) -> int:
+        assert asked == 64, "all at one size"
+        return asked
+
     comparison = object.__new__(formats.FormatComparison)
     comparison.imgsz, comparison.rows = 64, [FormatRow(Path(name), "fp32") for name in ("bad.onnx", "best.pt")]
-    comparison._open = lambda row, at_once: SimpleNamespace(runner=row.path.name, fixed=None, description="")
+    comparison._open = lambda row, at_once: SimpleNamespace(runner=row.path.name, square_size=size_of, description="")
     comparison._time(np.zeros((64, 64, 3), np.uint8))
     bad, best = comparison.rows
     assert bad.problem == "bad.onnx: other outputs" and bad.latency is None and best.latency.runs >= 3

@@ -100,7 +100,8 @@ def test_time_limit_and_patience(flags: list[str], capfd: pytest.CaptureFixture[
     assert "time limit" in capfd.readouterr().out
     folder = run(flags, "--time-limit", "0.05", "--epochs", "99999", name="budget")  # three seconds
     rates = [float(row["x/lr1"]) for row in rows(folder)]
-    assert 1 < len(rates) < 99999 and load_checkpoint(folder / "weights" / "last.pt").training["seconds"] > 3
+    taken = load_checkpoint(folder / "weights" / "last.pt").training["seconds"]
+    assert 1 < len(rates) < 99999 and 3 - 0.6 * taken / len(rates) < taken, "no earlier than half an epoch before"
     folder = run(flags, "--patience", "1", "--epochs", "60", name="patience")  # a fitness that rises at 60 epochs running is not to be had
     table = rows(folder)
     fitness = [0.1 * float(r["metrics/mAP_0.5"]) + 0.9 * float(r["metrics/mAP_0.5:0.95"]) for r in table]

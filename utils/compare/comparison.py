@@ -11,7 +11,7 @@ import torch
 from utils.compare.entrants import Entrant, check_settings
 from utils.compare.report import write_report
 from utils.compare.rows import Profile, Row
-from utils.compare.runs import Run, plan_runs, train
+from utils.compare.runs import Run, plan_runs, runs_of_before, train
 from utils.compare.scores import Score, scored
 from utils.config import CompareConfig
 from utils.data.labels import Split
@@ -58,13 +58,31 @@ class Comparison:
         self.device = select_device(config.device)
         self.dtype = compute_dtype(config.precision, self.device)
         self.runtimes, self.remarks = choose_runtimes(config.runtimes, self.device)
+        self.missing = self.remarks.copy() if config.runtimes else []  # of what was asked for
         self.hyp = load_hyp(config.hyp)
         self.splits = self._open_splits() if config.data else {}
         self.models = {}
+        self.planned = plan_runs(entrants, config.seeds, self.folder) if config.data else []
+        self.before = self._finished_before() if self.planned else []
+        for run in self.before:
+            self.rows.setdefault(run.entrant.name, Row(run.entrant))
+
+    def _finished_before(self) -> list[Run]:
+        """So that a network added later stands beside those that were there, whether they are named again or not."""
+        finished = []
+        for run in runs_of_before(self.folder, self.planned):
+            try:
+                if run.is_finished(None, self.hyp):
+                    finished.append(run)
+            except UserError as error:
+                self.remarks.append(f"left out: {error}")
+        return finished
 
     def _open_splits(self) -> dict[str, Split]:
-        (val,) = open_splits(self.config, ("val",))
-        check_settings(self.folder, self.config, val.fingerprint)
+        """Val, test where there is one, and a look at train."""
+        trained = ("train",) if self.config.cfg else ()
+        *train, val = open_splits(self.config, (*trained, "val"))
+        check_settings(self.folder, self.config, val.fingerprint, train[0].fingerprint if train else "")
         splits = {"val": val}
         if "test" in load_data_spec(self.config.data, self.config.data_root or None).splits:
             try:
@@ -79,8 +97,8 @@ class Comparison:
         return splits
 
     @property
-    def failed(self) -> list[Row]:
-        return [row for row in self.rows.values() if row.problems]
+    def failed(self) -> bool:
+        return bool(self.missing) or any(row.problems for row in self.rows.values())
 
     def run(self) -> None:
         self.open()
@@ -91,6 +109,8 @@ class Comparison:
         self.report()
         if self.config.layers:
             self.measure_rows()
+            if any(row.problems for row in self.rows.values()):
+                self.report(pictures=False)
 
     def open(self) -> None:
         """Build or load every network and count it."""
@@ -103,14 +123,14 @@ class Comparison:
 
     def score_checkpoints(self) -> None:
         for name, row in self.rows.items():
-            if name in self.models and row.entrant.weights:
+            if name in self.models and row.entrant.weights and not any(run.entrant is row.entrant for run in self.before):
                 with _Blame(row):
                     row.scores[0] = self._scored(_weights(row), self.folder / "scores" / f"{name}.json")
 
     def train_all(self) -> None:
         """Take what is trained to its end, train the rest, and score each as it ends."""
         left = []
-        for run in plan_runs([self.rows[name].entrant for name in self.models], self.config.seeds, self.folder):
+        for run in sorted((run for run in (*self.planned, *self.before) if run.entrant.name in self.models), key=lambda run: run.seed):
             with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
                 if run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
                     self._take(run)
@@ -131,7 +151,7 @@ class Comparison:
         row.learning[run.seed] = np.stack((epochs["epoch"] + 1, epochs["time_s"].cumsum() / 60, epochs["metrics/mAP_0.5:0.95"]), 1)
 
     def _scored(self, weights: Path, kept: Path) -> dict[str, Score]:
-        return scored(weights, kept, self.splits, self._evaluate)
+        return scored(weights, kept, self.splits, str(self.dtype), self._evaluate)
 
     def _evaluate(self, weights: Path) -> dict[str, ValResult]:
         model = self.networks.load(weights)
@@ -168,14 +188,19 @@ class Comparison:
         config = self.config
         notes = [f"costs at {config.imgsz} px on {machine(self.device)}: parameters, GFLOPs and file as trained; "
                  "memory and latency with branches merged and batch norm folded"]
-        measured = {runtime for row in self.rows.values() if row.profile for runtime, _ in row.profile.latency}
-        notes += [f"latency: {runtime.describe()}" for runtime in self.runtimes if runtime.name in measured]
+        for runtime in self.runtimes:
+            profiles = [row.profile for row in self.rows.values() if row.profile]
+            runs = [latency.runs for profile in profiles for (name, _), latency in profile.latency.items() if name == runtime.name]
+            if runs:
+                notes.append(f"latency: {runtime.describe()}, {min(runs)} runs of each or more")
         if config.data:
             length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
-            trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, config.seeds))}"
+            seeds = sorted({seed for row in self.rows.values() for seed in row.learning} or config.seeds)
+            trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, seeds))}"
             notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
-        write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, notes + self.remarks,
+        order = [(runtime.name, batch) for runtime in self.runtimes for batch in sorted(config.batches)]
+        write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, order, notes + self.remarks,
                      pictures=pictures and not config.noplots)
 
 

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +32,8 @@ def find_entrants(cfgs: Sequence[str], weights: Sequence[str]) -> list[Entrant]:
     Raises:
         UserError: nothing is named, a pattern fits no file, or two networks have one name.
     """
-    files = list(dict.fromkeys(file for cfg in cfgs for file in _expand(cfg)))
-    checkpoints = list(dict.fromkeys(file for pattern in weights for file in _expand(pattern)))
+    files = _once(file for cfg in cfgs for file in _expand(cfg))
+    checkpoints = _once(file for pattern in weights for file in _expand(pattern))
     entrants = [Entrant(Path(file).stem, cfg=file) for file in files] + [Entrant(_name_of(Path(file)), weights=file) for file in checkpoints]
     if not entrants:
         raise UserError("name the networks: --cfg yolov5s.yaml yolov5s-ghost.yaml, or trained ones: --weights runs/train/exp/weights/best.pt")
@@ -43,8 +44,18 @@ def find_entrants(cfgs: Sequence[str], weights: Sequence[str]) -> list[Entrant]:
     return entrants
 
 
+def _once(files: Iterable[str]) -> list[str]:
+    """Each file once, however it is written; a bare name may be one of the project's."""
+    return list({_real(file): file for file in reversed(list(files))}.values())[::-1]
+
+
+def _real(file: str) -> str:
+    places = [Path(file).expanduser(), *(ROOT / "models" / folder / file for folder in ("", "hub", "timm"))]
+    return os.path.realpath(next((place for place in places if place.is_file()), places[0]))
+
+
 def _expand(pattern: str) -> list[str]:
-    if not glob.has_magic(pattern):
+    if not glob.has_magic(pattern) or os.path.isfile(pattern):
         return [pattern]
     found = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
     if not found:
@@ -79,23 +90,28 @@ def image_size(config: CompareConfig, entrants: Sequence[Entrant]) -> int:
     return next(iter(sizes), DEFAULT_IMGSZ)
 
 
-def check_settings(folder: Path, config: CompareConfig, fingerprint: str) -> None:
+def _flag(name: str, value: object) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return f"{flag} {value}" if not isinstance(value, bool) else flag if value else f"no {flag}"
+
+
+def check_settings(folder: Path, config: CompareConfig, fingerprint: str, of_training: str) -> None:
     """Note what the scores depend on in a new comparison's folder; in an old one it must be the same.
 
     Args:
-        fingerprint: of the data.
+        fingerprint: of the val split.
+        of_training: of the train split; empty where nothing is trained.
 
     Raises:
         UserError: the folder holds a comparison with other settings; they are named.
     """
     settings = {name: getattr(config, name) for name in _DECISIVE}
-    settings |= {"data": find_data_yaml(config.data).name, "fingerprint": fingerprint}
+    settings |= {"data": find_data_yaml(config.data).name, "fingerprint": fingerprint} | ({"train_fingerprint": of_training} if of_training else {})
     path = folder / "settings.yaml"
-    if not path.exists():
-        write_yaml(path, settings)
-        return
-    old = read_yaml(path)
-    if differing := [name for name in settings if old.get(name) != settings[name]]:
-        flags = " ".join(f"--{name.replace('_', '-')} {old.get(name)}" for name in differing if name != "fingerprint")
+    old = read_yaml(path) if path.exists() else {}
+    if set(settings) - set(old):
+        write_yaml(path, settings | old)
+    if differing := [name for name in settings if name in old and old[name] != settings[name]]:
+        flags = " ".join(_flag(name, old[name]) for name in differing if not name.endswith("fingerprint"))
         raise UserError(f"{folder}: holds a comparison {f'with {flags}' if flags else 'on other images or labels'}: "
                         f"{'repeat these to go on with it, or ' if flags else ''}give another --name")

@@ -86,10 +86,14 @@ class FormatRow:
 
 
 def find_formats(weights: Path) -> list[FormatRow]:
-    """The checkpoint and the files beside it that are named after it, such as best.onnx and best_int8_openvino_model; those that compute in another
-    precision when asked to, in both."""
-    stem = weights.stem
-    named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and path.name.startswith((f"{stem}_", f"{stem}.")))
+    """The checkpoint and the files beside it that are named after it, such as best.onnx and best_int8_openvino_model, and not after another
+    checkpoint there; those that compute in another precision when asked to, in both."""
+    stems = sorted((path.stem for path in weights.parent.glob("*.pt")), key=len, reverse=True)
+
+    def owner(path: Path) -> str | None:
+        return next((stem for stem in stems if path.name.startswith((f"{stem}_", f"{stem}."))), None)
+
+    named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and owner(path) == weights.stem)
     whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".failed"))]
     return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path)]
 
@@ -113,8 +117,8 @@ class FormatComparison:
         self.folder = Path(config.project).expanduser() / config.name
 
     @property
-    def failed(self) -> list[FormatRow]:
-        return [row for row in self.rows if row.problem]
+    def failed(self) -> bool:
+        return any(row.problem for row in self.rows)
 
     def run(self) -> None:
         info(f"{self.weights.name} and {len({row.path for row in self.rows}) - 1} exported files beside it, at {self.imgsz} px; {cpu_name()}, "
@@ -159,7 +163,7 @@ class FormatComparison:
 
     def _started(self, row: FormatRow, picture: Path) -> float:
         flags = ["--weights", str(row.path), "--source", str(picture), "--project", str(picture.parent), "--device", "cpu",
-                 "--precision", "fp32" if row.precision == "int8" else row.precision]
+                 "--imgsz", str(self.imgsz), "--precision", "fp32" if row.precision == "int8" else row.precision]
         flags += [word for flag in ("data", "plugin") if (value := getattr(self.config, flag)) for word in (f"--{flag}", value)]
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], capture_output=True, text=True)
@@ -174,7 +178,8 @@ class FormatComparison:
             with _Noted(row):
                 weights = self._open(row, at_once=1)
                 row.description = weights.description
-                padded, _ = letterbox(image, weights.fixed or (self.imgsz, self.imgsz), None)
+                side = weights.square_size(self.imgsz)
+                padded, _ = letterbox(image, (side, side), None)
                 run = _one(weights.runner, padded[None])
                 run()
                 runs[row.name] = run

@@ -19,10 +19,17 @@ from utils.plots.comparison import Point, plot_class_ap, plot_learning, plot_par
 _LINE_PX = 300  # of the sheet, for each network
 
 
-def write_report(folder: Path, name: str, rows: Sequence[Row], splits: Mapping[str, Split], notes: Sequence[str], pictures: bool = True) -> None:
-    """NAME.csv, NAME.md, NAME.tex and the pictures, by measured latency, the fastest first."""
-    measured = list(dict.fromkeys(key for row in rows if row.profile for key in row.profile.latency))
-    rows = sorted(rows, key=lambda row: (bool(row.problems) and not row.scores, _latency(row, measured)))
+def write_report(
+    folder: Path, name: str, rows: Sequence[Row], splits: Mapping[str, Split], order: Sequence[tuple[str, int]], notes: Sequence[str],
+    pictures: bool = True
+) -> None:
+    """NAME.csv, NAME.md, NAME.tex and the pictures, by measured latency, the fastest first.
+
+    Args:
+        order: runtimes and batch sizes as they are asked for; the first that was measured ranks the networks.
+    """
+    measured = [key for key in order if any(row.profile and key in row.profile.latency for row in rows)]
+    rows = sorted(rows, key=lambda row: (row.profile is None, _latency(row, measured)))
     columns = columns_of(rows, list(splits), measured)
     notes = [*notes, *rank_notes(rows, measured)]
     write_tables(folder / name, rows, columns, notes)
@@ -68,7 +75,7 @@ def _draw(folder: Path, rows: Sequence[Row], splits: Mapping[str, Split], measur
 def _panels(rows: Sequence[Row], split: str, measured: Sequence[tuple[str, int]]) -> dict[str, list[Point]]:
     def points(cost: list[float | None]) -> list[Point]:
         gains = [mean_and_std(row.metric(split, "mAP50-95")) for row in rows]
-        return [Point(row.entrant.name, c, *gain) for row, c, gain in zip(rows, cost, gains, strict=True) if c]
+        return [Point(row.entrant.name, n, c, *gain) for n, (row, c, gain) in enumerate(zip(rows, cost, gains, strict=True)) if c]
 
     panels = {}
     if measured:

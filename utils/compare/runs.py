@@ -37,11 +37,11 @@ class Run(NamedTuple):
     def best(self) -> Path:
         return self.folder / "weights" / "best.pt"
 
-    def is_finished(self, spec: Mapping[str, Any], hyp: Hyp) -> bool:
+    def is_finished(self, spec: Mapping[str, Any] | None, hyp: Hyp) -> bool:
         """Trained to the end; a run that never wrote last.pt is not.
 
         Args:
-            spec: the network that it must be of.
+            spec: the network that it must be of; None: its own.
 
         Raises:
             UserError: last.pt can't be read, or is of another network or of other hyperparameters.
@@ -50,8 +50,8 @@ class Run(NamedTuple):
             return False
         checkpoint = load_checkpoint(self.last)
         state = checkpoint.training or {}
-        other = [what for what, same in (("network", _rows(checkpoint.spec) == _rows(spec)), ("hyperparameters", state.get("hyp") == asdict(hyp)))
-                 if not same]
+        same = {"network": spec is None or _rows(checkpoint.spec) == _rows(spec), "hyperparameters": state.get("hyp") == asdict(hyp)}
+        other = [what for what, is_same in same.items() if not is_same]
         if other:
             raise UserError(f"{self.folder}: was trained with other {' and '.join(other)} of the same name: "
                             "remove that folder, or give another --name")
@@ -62,6 +62,17 @@ def plan_runs(entrants: list[Entrant], seeds: tuple[int, ...], folder: Path) -> 
     """Every network with the first seed, then with the next: an interrupted comparison has compared something."""
     new = [entrant for entrant in entrants if entrant.cfg]
     return [Run(entrant, seed, folder / "runs" / f"{entrant.name}-seed{seed}") for seed in dict.fromkeys(seeds) for entrant in new]
+
+
+def runs_of_before(folder: Path, planned: Sequence[Run]) -> list[Run]:
+    """What earlier sittings trained in this folder and the present one does not ask for: other networks, by their checkpoints, and other seeds."""
+    entrants, found = {run.entrant.name: run.entrant for run in planned}, []
+    for last in sorted((folder / "runs").glob("*-seed*/weights/last.pt")):
+        name, _, seed = last.parents[1].name.rpartition("-seed")
+        if seed.isdecimal() and not any(run.last == last for run in planned):
+            entrant = entrants.setdefault(name, Entrant(name, weights=str(last.with_name("best.pt"))))
+            found.append(Run(entrant, int(seed), last.parents[1]))
+    return found
 
 
 def train(run: Run, config: CompareConfig) -> None:
@@ -106,5 +117,7 @@ def _flags(config: CompareConfig, names: Sequence[str]) -> list[str]:
 
 
 def _rows(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes it this network; anchors are fitted to the data when a training begins."""
-    return {key: spec.get(key) for key in ("nc", "depth_multiple", "width_multiple", "activation", "backbone", "head", "widths")}
+    """What makes it this network; anchors are fitted to the data when a training begins, but not how many there are."""
+    rows = {key: spec.get(key) for key in ("nc", "depth_multiple", "width_multiple", "activation", "backbone", "head", "widths")}
+    anchors = spec.get("anchors")
+    return rows | {"anchors a level": anchors if isinstance(anchors, int) else len(anchors[0]) // 2 if anchors else None}

@@ -1,8 +1,10 @@
 """A checkpoint's scores on the splits of a comparison, kept beside it: scored once, again only when the file changes."""
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +47,31 @@ def _boxes(found: Detections) -> list[list[float]]:
     return np.column_stack((found.xyxy[shown], found.conf[shown], found.cls[shown])).round(4).tolist()
 
 
-def scored(weights: Path, kept: Path, splits: Mapping[str, Split], evaluate: Callable[[Path], Mapping[str, ValResult]]) -> dict[str, Score]:
-    """Scores by split, from `kept` where weights and data are those that it was written for.
+def scored(
+    weights: Path, kept: Path, splits: Mapping[str, Split], dtype: str, evaluate: Callable[[Path], Mapping[str, ValResult]]
+) -> dict[str, Score]:
+    """Scores by split, from `kept` where weights, data and precision are those that it was written for.
 
     Args:
         kept: the JSON file of the scores.
+        dtype: what it is computed in.
         evaluate: weights -> a result for each split.
     """
     stat = weights.stat()
-    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "data": {name: split.fingerprint for name, split in splits.items()}}
+    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": dtype,
+           "data": {name: [split.fingerprint, _state_of(split.images)] for name, split in splits.items()}}
     if (old := _read(kept)) and old.get("of") == key:
         return {name: Score(**content) for name, content in old["scores"].items()}
     scores = {name: score_of(result, splits[name]) for name, result in evaluate(weights).items()}
     with atomic_write(kept) as temporary:
         temporary.write_text(json.dumps({"of": key, "scores": {name: asdict(score) for name, score in scores.items()}}))
     return scores
+
+
+def _state_of(images: Sequence[str]) -> str:
+    """Changes with any image file."""
+    stats = [os.stat(image) for image in images]
+    return hashlib.blake2b(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -56,9 +56,9 @@ def as_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def as_markdown(rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]) -> str:
-    lines = ["| network | " + " | ".join(column.title for column in columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {row.entrant.name} | " + " | ".join(text_of(column.values[n], column.digits) for column in columns) + " |"
-              for n, row in enumerate(rows)]
+    cells = [["network", *(column.title for column in columns)], ["---", *("---:" for _ in columns)]]
+    cells += [[row.entrant.name.replace("|", r"\|"), *(text_of(column.values[n], column.digits) for column in columns)] for n, row in enumerate(rows)]
+    lines = [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([*lines, "", *(f"- **{line}**" for line in problem_lines(rows)), *(f"- {note}" for note in notes)]) + "\n"
 
 

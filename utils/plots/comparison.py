@@ -14,11 +14,14 @@ from utils.plots.training import smooth
 
 _LETTER = 4.7  # points, the width of a letter of a name, and half of its height with the room around it
 
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
 
 class Point(NamedTuple):
     """A network in a plane of accuracy against cost."""
 
     name: str
+    color: int  # its place among the networks, the same in every panel
     cost: float
     gain: float
     gain_std: float | None = None
@@ -58,31 +61,39 @@ def _plot_points(axes: Axes, points: Sequence[Point]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.2, y=0.15)
-    for i, point in enumerate(points):
-        axes.errorbar(point.cost, point.gain, yerr=point.gain_std, fmt="o", color=class_color(i), markersize=8 if point in front else 6, capsize=3,
-                      zorder=3, markeredgecolor="white")
+    for point in points:
+        axes.errorbar(point.cost, point.gain, yerr=point.gain_std, fmt="o", color=class_color(point.color), markersize=8 if point in front else 6,
+                      capsize=3, zorder=3, markeredgecolor="white")
 
 
 def _name_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Names beside the points, each at the first of some places where it covers neither a point nor a name; those of the front are bold."""
+    """Names beside the points, each at the first of some places where it covers neither a point nor a name, else where it covers least; those of the
+    front are bold."""
     front, per_point = set(_front(points)), axes.figure.dpi / 72
     spots = axes.transData.transform([(p.cost, p.gain) for p in points]) / per_point  # in points, as letters are
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     area = axes.get_window_extent().extents / per_point
     for i in np.argsort(-spots[:, 1]):
-        x, y = spots[i]
-        wide = _LETTER * len(points[i].name) * (1.1 if i in front else 1)
-        for dx, dy in _places(wide):
-            box = x + dx, y + dy - _LETTER, x + dx + wide, y + dy + _LETTER
-            inside = box[0] >= area[0] and box[2] <= area[2] and box[1] >= area[1] and box[3] <= area[3]
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
-                break
+        (x, y), name = spots[i], plain(points[i].name, 40)
+        wide = _LETTER * len(name) * (1.1 if i in front else 1)
+        boxes = {(dx, dy): (x + dx, y + dy - _LETTER, x + dx + wide, y + dy + _LETTER) for dx, dy in _places(wide)}
+        (dx, dy), box = min(boxes.items(), key=lambda place: _covered(place[1], area, taken))  # the first of equals
         taken.append(box)
         axes.annotate(
-            plain(points[i].name, 40), (points[i].cost, points[i].gain), (dx, dy), textcoords="offset points", fontsize=8, color=INK, va="center",
+            name, (points[i].cost, points[i].gain), (dx, dy), textcoords="offset points", fontsize=8, color=INK, va="center",
             fontweight="bold" if i in front else "normal", bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.4},
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if abs(dy) > 12 else None,
         ).set_in_layout(False)  # fmt: skip
+
+
+def _covered(box: Box, area: Box, taken: Sequence[Box]) -> tuple[float, float]:
+    """How much of a box lies outside of the area, and how much of it on others."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    return width * height - _shared(box, area), sum(_shared(box, other) for other in taken)
+
+
+def _shared(a: Box, b: Box) -> float:
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
 
 
 def _places(wide: float) -> list[tuple[float, float]]:
@@ -97,7 +108,7 @@ def plot_learning(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
     Args:
         curves: network -> for each seed x (n,) and mAP (n,).
     """
-    figure = new_figure(9, 5.5)
+    figure = new_figure(9, max(5.5, 0.19 * len(curves) + 0.5))
     axes = figure.add_subplot()
     for i, (name, seeds) in enumerate(curves.items()):
         color = class_color(i)
@@ -119,7 +130,10 @@ def plot_class_ap(names: Sequence[str], classes: Sequence[str], ap: np.ndarray, 
     wide, few = min(max(0.5 * len(classes), 4), 24), len(classes) <= 30
     figure = new_figure(wide + 3, 0.42 * len(names) + 1.4)
     axes = figure.add_subplot()
+    axes.set_facecolor("0.85")  # where there is no truth
     shown = axes.imshow(np.ma.masked_invalid(ap), cmap="Blues", vmin=0, vmax=max(float(np.nanmax(ap, initial=0)), 0.01), aspect="auto")
+    if not few:
+        figure.colorbar(shown, ax=axes, pad=0.01)
     for (row, column), value in np.ndenumerate(ap) if few else ():
         if np.isfinite(value):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 * shown.get_clim()[1] else INK)

@@ -218,8 +218,8 @@ class Training:
 
     def _is_over(self, epoch: int) -> bool:
         config, state = self.config, self.state
-        if config.time_limit and state.seconds > config.time_limit * 60:
-            info(f"time limit of {config.time_limit:g} minutes reached after epoch {epoch + 1}")
+        if config.time_limit and state.seconds + state.seconds / (epoch + 1) / 2 > config.time_limit * 60:  # another epoch would end further off
+            info(f"time limit of {config.time_limit:g} minutes reached with epoch {epoch + 1}, after {state.seconds / 60:.1f}")
             return True
         if config.patience and self.result and epoch - state.best_epoch >= config.patience:
             info(f"no better fitness for {config.patience} epochs (best: epoch {state.best_epoch + 1}): stopped early; --patience 0 would go on")
