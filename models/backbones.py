@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import Scale, Wiring, register
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, short_reason
 from utils.files import ROOT, find_file
 from utils.log import info
 
@@ -105,7 +105,11 @@ class Backbone(nn.Module):
         if not self.pretrained:
             return
         path = None if self.pretrained is True else find_file(self.pretrained, [ROOT], "weights file")
-        self.net.load_state_dict(self._read(path) if path else self._fetch())
+        weights = self._read(path) if path else self._fetch()
+        try:
+            self.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{path or 'the weights that were fetched'}: not those of this {self.name}: {short_reason(error)}") from error
         info(f"{self.name}: pretrained weights {f'read from {path}' if path else 'fetched'}")
 
     def _fetch(self) -> Mapping[str, Tensor]:

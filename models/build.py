@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     modules: list[nn.Module]  # one for each row, in training mode
     shapes: list[tuple[Any, ...]]  # (C, H, W) of each row but Detect for an image of 256 x 256, or of each of its levels
     strides: list[int]  # of Detect's levels
+    max_stride: int  # image sides must be multiples of it
 
 
 @torch.no_grad()
@@ -62,7 +63,30 @@ def build_rows(spec: ModelSpec) -> Rows:
     strides = [_stride(raw, spec.layers[-1]) for raw in kept[len(modules) - 1]]
     shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
     # The widths of a fused network are of layers that are not there yet.
-    return Rows(modules, narrow_rows(spec, modules) if spec.widths and not spec.fused else shapes, strides)
+    shapes = narrow_rows(spec, modules) if spec.widths and not spec.fused else shapes
+    return Rows(modules, shapes, strides, _max_stride(spec, modules, max(strides)))
+
+
+def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], coarsest: int) -> int:
+    """The coarsest level's stride; twice or four times that, where rows between go further down and come up again.
+
+    Raises:
+        UserError: none of these will do; the row where the first fails.
+    """
+    errors = []
+    for stride in (coarsest, 2 * coarsest, 4 * coarsest):
+        kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, 3 * stride, 5 * stride)}  # odd numbers of them
+        work = _Work()
+        try:
+            for layer, module in zip(spec.layers, modules, strict=True):
+                kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
+            return stride
+        except UserError as error:
+            errors.append(error)
+        finally:
+            for module in modules:
+                module.train()
+    raise errors[0]
 
 
 @torch.no_grad()

@@ -72,17 +72,19 @@ def _count_attention(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], 
 
 
 _COUNTERS = {nn.Conv2d: _count_conv, nn.BatchNorm2d: count_normalization, nn.LayerNorm: count_normalization, nn.MultiheadAttention: _count_attention,
-             nn.Softmax: zero_ops}  # a layer in some attentions, within PyTorch's product in others
+             nn.Softmax: zero_ops,  # a layer in some attentions, within PyTorch's product in others
+             nn.Linear: zero_ops}  # `_Products` counts them: some attentions take the layer's weights and not the layer
 
 
 class _Products(TorchFunctionMode):
-    """Multiply-accumulates of products of tensors, such as attention of other libraries, which are no layer's. nn.MultiheadAttention's don't show."""
+    """Multiply-accumulates of linear layers, and of products of tensors such as attention of other libraries, which are no layer's.
+    nn.MultiheadAttention's don't show."""
 
     macs = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__):
+        if func is nn.functional.linear or func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__):
             self.macs += result.numel() * args[0].shape[-1]
         elif func is nn.functional.scaled_dot_product_attention:
             queries, keys = args[:2]

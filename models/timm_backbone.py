@@ -78,7 +78,8 @@ def _any_size(timm: ModuleType, name: str) -> tuple[dict[str, Any], nn.Module]:
     with torch.device("meta"):
         if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             return {}, timm.create_model(name, features_only=True)
-        for options in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        # always_partition: Swin's last stage, a single window at 224 px, is several at a detector's sizes, and must shift them too
+        for options in ({"dynamic_img_size": True, "always_partition": True}, {"dynamic_img_size": True}, {"strict_img_size": False}):
             try:
                 return options, timm.create_model(name, features_only=True, **options)
             except TypeError:  # no such option

@@ -1,6 +1,7 @@
 """Any convolutional classifier of torchvision, and its Swin, as a row."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from utils.extras import import_extra
 from utils.files import did_you_mean
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _PROBE = (256, 192)  # height and width; their ratio tells maps from channels-last maps
 
 
@@ -43,7 +45,9 @@ class Torchvision(Backbone):
         # One graph for training and evaluation, which differ in leaf modules only: a copy of torchvision's pair of graphs falls into training mode
         self.net = fx.GraphModule(both, both.train_graph, type(both).__name__)
         recipe = self._weights and self._weights.transforms()
-        self._normalise_by(*((recipe.mean, recipe.std) if recipe else _IMAGENET))
+        # What these do to their images themselves when they are made with weights
+        halves = name in ("googlenet", "inception_v3")
+        self._normalise_by(*(_HALVES if halves else (recipe.mean, recipe.std) if recipe else _IMAGENET))
 
     def _fetch(self) -> Mapping[str, Tensor]:
         if not self._weights:
@@ -57,14 +61,19 @@ class Torchvision(Backbone):
     def _read(self, path: Path) -> Mapping[str, Tensor]:
         with torch.device("meta"):
             known = _classifier(self.name).state_dict()
-        weights = read_weights(path)
+        weights = _renamed(read_weights(path))
         check_weights(path, self.name, weights, self.net.state_dict(), known)
         return self._part(weights)
 
     def _part(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Those of a whole classifier's tensors that its levels need."""
         own = self.net.state_dict()
-        return {key: value for key, value in weights.items() if key in own}
+        return {key: value for key, value in _renamed(weights).items() if key in own}
+
+
+def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DenseNet's files are older than its names: denselayer1.norm.1.weight is denselayer1.norm1.weight now."""
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d\.)", r"\1\2", key): value for key, value in weights.items()}
 
 
 def _models() -> ModuleType:

@@ -23,6 +23,7 @@ class DetectionModel(nn.Module):
     """A detector built from a spec: images (B, 3, H, W) in 0..1 -> raw maps, one (B, A, H/s, W/s, 5 + nc) for each level.
 
     Attributes:
+        max_stride: image sides must be multiples of it, pixels.
         spec: the data it was built from, and can be built from again.
         names: class names, `nc` of them.
         row_shapes: (C, H, W) of each row but Detect for an image of 256 x 256; of each level where a row makes several.
@@ -38,9 +39,11 @@ class DetectionModel(nn.Module):
         rows = build_rows(spec)
         self.model = nn.ModuleList(rows.modules)
         self.row_shapes = rows.shapes
-        self._needed_later = {s for layer in spec.layers for s in layer.sources}
+        self.max_stride = rows.max_stride
+        last_use = {source: layer.row for layer in spec.layers for source in layer.sources}
+        self._last_used = [[source for source, row in last_use.items() if row == layer.row] for layer in spec.layers]
         if spec.fused:
-            fold(self.eval(), 2 * max(rows.strides))
+            fold(self.eval(), 2 * self.max_stride)
             self.train().requires_grad_(True)
             if spec.widths:
                 self.row_shapes = narrow_rows(spec, self.model)
@@ -54,17 +57,13 @@ class DetectionModel(nn.Module):
     def strides(self) -> tuple[int, ...]:
         return self.head.strides
 
-    @property
-    def max_stride(self) -> int:
-        return max(self.strides)
-
     def forward(self, images: Tensor) -> list[Tensor]:
         kept: dict[int, Any] = {IMAGE: images}
-        for layer, module in zip(self.spec.layers, self.model, strict=True):
-            x = module(inputs_of(layer, kept))
-            if layer.row in self._needed_later:
-                kept[layer.row] = x
-        return x
+        for layer, module, done in zip(self.spec.layers, self.model, self._last_used, strict=True):
+            kept[layer.row] = module(inputs_of(layer, kept))
+            for row in done:  # a map that nobody waits for would only take memory, and a CPU's caches
+                del kept[row]
+        return kept[len(self.model) - 1]
 
     @property
     def anchors_px(self) -> Tensor:
@@ -84,7 +83,7 @@ class DetectionModel(nn.Module):
         return max(self.max_stride, 32)
 
     def whole_strides(self, imgsz: int) -> int:
-        """The image size that the network really takes: rounded up to a multiple of its largest stride."""
+        """The image size that the network really takes: rounded up to a multiple of `max_stride`."""
         return math.ceil(imgsz / self.max_stride) * self.max_stride
 
     def decode(self, maps: Sequence[Tensor]) -> Tensor:

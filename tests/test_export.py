@@ -28,7 +28,7 @@ from utils.signals import keep_signal_stack
 
 CPU = torch.device("cpu")
 FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
-META = ExportMetadata(("red", "a 'quoted' \"<é>\"\n & 名"), (8, 16, 32), (64, 96), True, ((1.5, 2.25, 0.1, 1 / 3),) * 3, "fp16", "my best.pt")
+META = ExportMetadata(("red", "a 'quoted' \"<é>\"\n & 名"), (8, 16, 32), 64, (64, 96), True, ((1.5, 2.25, 0.1, 1 / 3),) * 3, "fp16", "my best.pt")
 
 
 def job_of(network: DetectionModel, imgsz: tuple[int, int] = (64, 64), dynamic: bool = False, precision: str = "fp32", batch: int = 1) -> ExportJob:
@@ -91,7 +91,7 @@ def test_files_find_what_the_network_finds(kind: str, dynamic: bool, network: De
         path.mkdir()
     format.write(job_of(network, (64, 96), dynamic, batch=2), path)
     exported = open_network(path)
-    assert exported.names == network.names and exported.strides == network.strides and exported.imgsz == (64, 96)
+    assert exported.names == network.names and exported.max_stride == network.max_stride and exported.imgsz == (64, 96)
     assert (exported.fixed, exported.pad_stride) == ((None, 32) if dynamic else ((64, 96), None))
     for size in ((2, 3, 64, 96), *(((1, 3, 128, 64), (3, 3, 96, 96)) if dynamic else ())):
         images = torch.rand(size)
@@ -172,7 +172,10 @@ def test_metadata_comes_back_as_it_went(tiny, tmp_path: Path):
 
 def test_other_programs_read_names_and_stride():
     props = META.to_props()
-    assert foreign_facts(props) == (META.names, 32)
+    assert foreign_facts(props) == (META.names, 64)
+    own = json.loads(props[KEY])
+    del own["max_stride"]  # as files were before they told it
+    assert metadata_from_props({KEY: json.dumps(own)}, "old.onnx").max_stride == 32
     assert foreign_facts({"names": "['a', 'b']", "stride": "64"}) == (("a", "b"), 64)
 
 

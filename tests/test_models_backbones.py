@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def assert_same(a: Any, b: Any) -> None:
 @torch.no_grad()
 def test_timms_levels_are_those_of_its_whole_network(name, out, tmp_path):
     """With the whole classifier's weights, read from a file."""
-    whole = alive(timm.create_model(name))
+    whole = alive(timm.create_model(name, **{"always_partition": True} if name == SWIN else {}))  # as at a detector's sizes: more than one window
     backbone = Timm(name, out, saved(whole.state_dict(), tmp_path / "w.safetensors")).eval()
     backbone.load_pretrained()
     images = torch.rand(1, 3, 224, 224)
@@ -111,6 +112,32 @@ def test_torchvisions_levels_are_those_of_its_blocks(name, places, tmp_path):
     levels = backbone(images)
     assert backbone.out_channels == tuple(wanted[level].shape[1] for level in places)
     assert_same(levels, [wanted[level] for level in places])
+
+
+def test_densenets_files_are_older_than_its_names(tmp_path, capsys):
+    whole = alive(torchvision.models.densenet121())
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", key): value for key, value in whole.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    backbone = Torchvision("densenet121", [4], saved(old, tmp_path / "w.pth"))
+    backbone.load_pretrained()
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in backbone.net.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_told(monkeypatch):
+    backbone = Torchvision("resnet18", [4], True)
+    monkeypatch.setattr(backbone, "_fetch", lambda: {})
+    with pytest.raises(UserError, match=r"the weights that were fetched: not those of this resnet18: .*Missing key"):
+        backbone.load_pretrained()
+
+
+def test_googlenet_sees_images_as_its_weights_do():
+    backbone = Torchvision("googlenet", [3], True)
+    assert backbone.mean.flatten().tolist() == backbone.std.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_swin_shifts_the_windows_of_every_stage():
+    blocks = {name: block for name, block in Timm(SWIN, [4]).net.named_modules() if name.endswith("blocks.1")}
+    assert len(blocks) == 4 and all(tuple(block.shift_size) == (3, 3) for block in blocks.values())
 
 
 def test_a_network_with_another_recipe_is_given_images_by_that():

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from torch import Tensor, nn
 
 from models.head import Detect, decode
 from models.spec import ModelSpec, load_spec
@@ -284,3 +287,31 @@ def test_summary_script(tmp_path, capsys):
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and word in error and len(error.splitlines()) == 1
+
+
+def test_images_are_whole_for_rows_between_too():
+    """Two levels, of 8 and 16, above a trunk that goes down to 32 and comes up again."""
+    model = DetectionModel(load_spec("yolov5-p34.yaml", 2))
+    assert max(model.strides) == 16 and model.max_stride == model.pad_stride == 32 and model.whole_strides(336) == 352
+    with torch.no_grad():
+        assert [tuple(x.shape[2:4]) for x in model.eval()(torch.zeros(1, 3, 96, 160))] == [(12, 20), (6, 10)]
+
+
+def test_maps_live_no_longer_than_they_are_needed():
+    model, alive, most = DetectionModel(load_spec("yolov5n.yaml", 2)).eval(), weakref.WeakSet(), []
+
+    def watch(module: nn.Module, inputs: tuple, output: Tensor | list[Tensor]) -> None:
+        most.append(len(alive))
+        if isinstance(output, Tensor):
+            alive.add(output)
+
+    for module in model.model:
+        module.register_forward_hook(watch)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    assert max(most) <= 5 < len(model.model) // 2, "its input, and what concatenations further on wait for"
+
+
+def test_linear_layers_count_however_they_are_called():
+    """torchvision's Swin hands its layers' weights to a function; 4.5 G multiply-accumulates at 224 px, its paper says."""
+    assert count_gflops(torchvision.models.get_model("swin_t", weights=None), 224) == pytest.approx(2 * 4.5, rel=0.03)

@@ -156,3 +156,12 @@ def test_falls_over_20_steps_on_one_batch(tmp_path: Path) -> None:
         losses.append(loss.parts)
     assert losses[-1].sum() < 0.85 * losses[0].sum()
     assert losses[-1][0] < 0.8 * losses[0][0] and losses[-1][2] < losses[0][2], "objectness alone may rise: its target is the IoU reached"
+
+
+def test_levels_are_weighed_by_their_strides_in_any_order_and_number() -> None:
+    def weights(*strides: int) -> list[float]:
+        return DetectionLoss(torch.ones(len(strides), 3, 2), 2, HYP, 640, strides=strides).level_weights
+
+    assert weights(8, 16, 32) == DetectionLoss(torch.ones(3, 3, 2), 2, HYP, 640).level_weights == [4.0, 1.0, 0.4]
+    assert weights(32, 16, 8) == [0.4, 1.0, 4.0] and weights(16, 64, 32, 8) == [1.0, 0.06, 0.25, 4.0]
+    assert weights(8, 16, 32, 64, 128, 256) == [4.0, 1.0, 0.25, 0.06, 0.02, 0.02]

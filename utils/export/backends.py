@@ -52,20 +52,16 @@ class ExportedNetwork:
         self.fixed = (height, width) if height and width else None
         self.metadata = metadata_from_props(session.props, str(path))
         if self.metadata:
-            self.names, self.strides = self.metadata.names, self.metadata.strides
+            self.names, self.max_stride = self.metadata.names, self.metadata.max_stride
         else:
             told, stride = foreign_facts(session.props)
             if not told and names is None:
                 raise UserError(f"{path}: {_NO_NAMES}")
-            self.names, self.strides = told or tuple(names()), (stride or _USUAL_STRIDE,)
+            self.names, self.max_stride = told or tuple(names()), stride or _USUAL_STRIDE
         self.nms = self.metadata.nms if self.metadata else None
         self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
         self.description = session.description
         self._check_boxes(session.outputs)
-
-    @property
-    def max_stride(self) -> int:
-        return max(self.strides)
 
     @property
     def pad_stride(self) -> int | None:

@@ -47,6 +47,7 @@ class ExportMetadata:
     """Attributes:
     names: of the classes.
     strides: of the levels, pixels.
+    max_stride: image sides must be multiples of it.
     imgsz: (height, width) that it was exported for, pixels; the only size that it takes unless dynamic.
     dynamic: takes any batch, height and width.
     anchors: of each level, width and height in pixels in turn.
@@ -58,6 +59,7 @@ class ExportMetadata:
 
     names: tuple[str, ...]
     strides: tuple[int, ...]
+    max_stride: int
     imgsz: tuple[int, int]
     dynamic: bool
     anchors: tuple[tuple[float, ...], ...]
@@ -71,12 +73,12 @@ class ExportMetadata:
            nms: GraphNms | None = None) -> ExportMetadata:
         """What the network tells of itself beside what its export does."""
         anchors = tuple(tuple(level.flatten().tolist()) for level in network.anchors_px)
-        return cls(tuple(network.names), tuple(network.strides), imgsz, dynamic, anchors, precision, source, nms=nms)
+        return cls(tuple(network.names), tuple(network.strides), network.max_stride, imgsz, dynamic, anchors, precision, source, nms=nms)
 
     def to_props(self) -> dict[str, str]:
         """As text by key."""
         own = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
-        return {KEY: own, "names": repr(dict(enumerate(self.names))), "stride": str(max(self.strides))}
+        return {KEY: own, "names": repr(dict(enumerate(self.names))), "stride": str(self.max_stride)}
 
 
 def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata | None:
@@ -97,6 +99,8 @@ def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata
     if version > VERSION:
         raise UserError(f"{origin}: is of a newer format version, this program reads up to {VERSION}: update the program")
     content.setdefault("float_layers", [])  # younger than the format
+    if _WELL_FORMED["strides"](content.get("strides")):
+        content.setdefault("max_stride", max(content["strides"]))
     wrong = [name for name, check in _WELL_FORMED.items() if not check(content.get(name))]
     if wrong:
         raise UserError(f"{origin}: its metadata's {' and '.join(wrong)} can't be understood: {_MEND}")
@@ -169,6 +173,7 @@ def _is_nms(value: Any) -> bool:
 _WELL_FORMED = {
     "names": lambda v: _is_list(v, lambda name: isinstance(name, str)),
     "strides": lambda v: _is_list(v, _is_stride),
+    "max_stride": _is_stride,
     "imgsz": lambda v: _is_list(v, _is_size) and len(v) == 2,
     "dynamic": lambda v: isinstance(v, bool),
     "anchors": lambda v: _is_list(v, lambda level: _is_list(level, _is_side)),

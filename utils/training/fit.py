@@ -67,7 +67,7 @@ class Training:
         self.state = run.state or TrainState({}, dataclasses.asdict(hyp))
         self.state.config = dataclasses.asdict(config)
         self._load_data()
-        self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing)
+        self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing, model.strides)
         self.distillation = distillation
         self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
         self.quantization = QuantizationAware.of(model, train_split, config) if config.qat else None

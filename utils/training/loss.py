@@ -13,7 +13,7 @@ from utils.training.assign import Matches, assign
 from utils.training.ciou import ciou
 
 _LEVEL_WEIGHTS = {3: (4.0, 1.0, 0.4)}  # finest first
-_MORE_LEVELS = (4.0, 1.0, 0.25, 0.06, 0.02)
+_MORE_LEVELS = (4.0, 1.0, 0.25, 0.06, 0.02)  # any further ones like the last
 
 
 class Loss(NamedTuple):
@@ -30,14 +30,19 @@ class DetectionLoss:
         anchors: (L, A, 2) in cells of each level.
         nc: classes.
         imgsz: training size, pixels; the gains are tuned for 640.
+        strides: of the levels, in any order; none: finest first.
     """
 
     names = ("box", "obj", "cls")
 
-    def __init__(self, anchors: Tensor, nc: int, hyp: Hyp, imgsz: int, label_smoothing: float = 0.0) -> None:
+    def __init__(self, anchors: Tensor, nc: int, hyp: Hyp, imgsz: int, label_smoothing: float = 0.0,
+                 strides: Sequence[int] = ()) -> None:
         self.anchors, self.anchor_t = anchors, hyp.anchor_t
         levels = len(anchors)
-        self.level_weights = _LEVEL_WEIGHTS.get(levels, _MORE_LEVELS)[:levels]
+        weights = _LEVEL_WEIGHTS.get(levels, _MORE_LEVELS)
+        coarseness = strides or range(levels)
+        ranks = [sum(other < one for other in coarseness) for one in coarseness]
+        self.level_weights = [weights[min(rank, len(weights) - 1)] for rank in ranks]
         self.gains = anchors.new_tensor((hyp.box, hyp.obj * (imgsz / 640) ** 2, hyp.cls * nc / 80)) * 3 / levels
         self.obj_weight, self.cls_weight = anchors.new_tensor(hyp.obj_pw), anchors.new_tensor(hyp.cls_pw)
         self.positive, self.negative = 1 - label_smoothing / 2, label_smoothing / 2

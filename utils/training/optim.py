@@ -27,7 +27,7 @@ def freeze_rows(model: nn.Module, freeze: tuple[int, ...]) -> None:
 
 
 def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int, fused: bool = True) -> torch.optim.Optimizer:
-    """SGD (Nesterov), Adam or AdamW over biases, weights (decayed) and the rest (norms), in this order.
+    """SGD (Nesterov), Adam or AdamW over biases, weights (decayed) and the rest (norms, scales, tables of positions), in this order.
 
     Args:
         fused: one kernel for all weights; not with fp16's scaler, as PyTorch's fused SGD whose first step is skipped goes on from momentum that
@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int, fuse
     """
     biases, weights, others = [], [], []
     for key, parameter in model.named_parameters():
-        group = biases if key.endswith("bias") else weights if parameter.ndim > 1 else others
+        group = biases if key.endswith("bias") else weights if key.endswith("weight") and parameter.ndim > 1 else others
         group.append(parameter)
     decay = hyp.weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
     groups = [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
