@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import http.server
+import os
+import shutil
+import sys
 import threading
 import time
 
@@ -407,3 +410,36 @@ def test_an_encoder_error_reaches_the_caller_and_blocks_nobody(tmp_path):
     with pytest.raises(cv2.error, match="gave up"):
         writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses_that_are_none_or_lead_nowhere():
+    with pytest.raises(UserError, match="no address: "):
+        open_source("http://[abc/x.mp4")
+    with open_source("http://127.0.0.1:9/a.mp4") as source, pytest.raises(UserError, match=r"http://127.0.0.1:9/a.mp4: can't be read as a video"):
+        next(source)
+    with open_source("rtsp://admin:p@ss@127.0.0.1:9/s") as source, pytest.raises(UserError, match=r"^rtsp://127.0.0.1:9/s: can't be opened"):
+        next(source)
+    with pytest.raises(UserError, match="no such image"):
+        open_source("~nosuchuser/x.jpg")
+
+
+def test_a_file_behind_an_address_that_does_not_say_so_ends(tmp_path, monkeypatch):
+    made = _video(tmp_path / "clip.mp4", 12)
+    monkeypatch.setattr(sources, "_BACKOFF_S", 0.01)
+    real = sources._capture
+    monkeypatch.setattr(sources, "_capture", lambda address: real(str(made)))
+    with open_source("http://127.0.0.1:9/clip?id=3") as source:
+        frames = [frame.index for frame in source]
+    assert frames and frames == sorted(set(frames)) and frames[-1] < 12, "once, not over and over"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_a_video_whose_name_is_no_text_is_left_out(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sources, "warn", said.append)
+    _image(tmp_path / "a.png", 4)
+    shutil.copy(_video(tmp_path / "clip.mp4", 3), os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"))
+    (tmp_path / "clip.mp4").unlink()
+    with open_source(str(tmp_path)) as source:
+        assert len(list(source)) == 1
+    assert len(said) == 1 and "whose name is not UTF-8" in said[0]

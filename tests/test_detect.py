@@ -285,7 +285,7 @@ def test_videos_and_images_in_turn(tmp_path):
     detect(source_of(frames()), fixed(), writer_of(tmp_path / "out", txt=True))
     out = tmp_path / "out"
     assert [name for name in names_below(out) if "labels" not in name] == [
-        "again.mp4", "clip.mp4", "clip_2.mp4", "photo.jpg", "photo_2.png", "rtsp_host_cam_x=1_from_6.mp4", "rtsp_host_cam_x=1_from_8.mp4"]
+        "again.mp4", "clip.mp4", "clip_2.mp4", "photo.jpg", "photo_2.png", "rtsp_host_cam_from_6.mp4", "rtsp_host_cam_from_8.mp4"]
     assert video_facts(out / "clip.mp4")[0] == video_facts(out / "again.mp4")[0] == 3
     assert video_facts(out / "clip_2.mp4")[2] == (32, 32)
     assert {"labels/clip_1.txt", "labels/clip_3.txt", "labels/photo.txt", "labels/photo_2.txt"} < set(names_below(out))

@@ -415,3 +415,30 @@ def test_files_are_compared_in_full_float32(tmp_path: Path, tiny: DetectionModel
     reference.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     produce(job_of(tiny), FORMATS["onnx"], tmp_path / "a", [np.zeros((64, 64, 3), np.uint8)], reference, CPU)
     assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
+class Dead(nn.Module):
+    """A network one of whose levels says nothing."""
+
+    def __init__(self, network: DetectionModel, level: int) -> None:
+        super().__init__()
+        self.network, self.level = network, level
+        self.names, self.strides, self.anchors_px = network.names, network.strides, network.anchors_px
+        self.max_stride = network.max_stride
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.network(images)
+        return [raw * 0 if n == self.level else raw for n, raw in enumerate(maps)]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_level_that_is_dead_is_seen_though_no_box_is_sure_there(tmp_path: Path, tiny: DetectionModel, level: int):
+    pytest.importorskip("onnxruntime")
+    quiet = copy.deepcopy(tiny)
+    for n, conv in enumerate(quiet.head.m):
+        if n == level:
+            conv.bias.view(quiet.head.num_anchors, -1)[:, 4] -= 12  # no objects at this level
+    job = dataclasses.replace(job_of(quiet), network=Dead(quiet, level))
+    with pytest.raises(UserError, match=r"of all rows are further apart than they may be|have no partner"):
+        produce(job, FORMATS["onnx"], tmp_path / "a", [np.zeros((64, 64, 3), np.uint8)], quiet, CPU)
+    produce(job_of(quiet), FORMATS["onnx"], tmp_path / "b", [np.zeros((64, 64, 3), np.uint8)], quiet, CPU)

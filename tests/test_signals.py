@@ -1,11 +1,16 @@
-"""Signals after OpenVINO: in a process of its own, which they kill where its models leave a freed signal stack behind."""
+"""Signals: after OpenVINO, in a process of its own, which they kill where its models leave a freed signal stack behind; Ctrl-C."""
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from utils.signals import wait_to_the_end
 
 CODE = """
 import gc, os, signal
@@ -27,3 +32,20 @@ def test_a_signal_after_openvino_does_not_kill():
     pytest.importorskip("openvino")
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
+
+
+def test_what_is_being_written_ends_before_ctrl_c_is_heard():
+    done = threading.Event()
+    timers = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)) for after in (0.1, 0.2)] + [threading.Timer(0.4, done.set)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for timer in timers:
+            timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            wait_to_the_end(done)
+        assert done.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for timer in timers:
+            timer.join()
+    wait_to_the_end(done)

@@ -18,6 +18,7 @@ SEEDS: Check = (lambda v: all(0 <= seed < 2**32 for seed in v), "must be at leas
 SIZES_OF_BATCH: Check = (lambda v: min(v) >= 1, "must be 1 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
 SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
+WIDTH: Check = (lambda v: 0 <= v <= 1000, "must be between 0 and 1000")
 DEFAULT_IMGSZ = 640
 _OWN_SIZE = f"the one that the weights were trained at, {DEFAULT_IMGSZ} where they don't say"
 PRECISIONS = get_args(PrecisionName)
@@ -155,7 +156,7 @@ class DetectConfig(InferenceOptions):
     nosave: bool = option(False, "write no annotated images or videos")
     view_img: bool = option(False, "show results in a window")
     vid_stride: int = option(1, "take every n-th frame of a video", check=POSITIVE)
-    line_thickness: int = option(0, "box line width, pixels; 0 fits it to the image", check=NOT_NEGATIVE)
+    line_thickness: int = option(0, "box line width, pixels; 0 fits it to the image", check=WIDTH)
     hide_labels: bool = option(False, "draw boxes without labels")
     hide_conf: bool = option(False, "draw labels without confidences")
     project: str = option("runs/detect", "folder of runs")
@@ -173,7 +174,8 @@ class ExportConfig(DataRoot, Blocks):
     nms: bool = option(False, "non-maximum suppression in the graph (onnx, openvino): its output is final boxes")
     conf_thres: float = option(0.25, "with --nms: least confidence", check=UNIT, aliases=("--conf",))
     iou_thres: float = option(0.45, "with --nms: non-maximum suppression IoU", check=UNIT, aliases=("--iou",))
-    max_det: int = option(1000, "with --nms: most boxes an image, and the rows of the output", check=POSITIVE)
+    max_det: int = option(1000, "with --nms: most boxes an image, and the rows of the output",
+                         check=(lambda v: 1 <= v <= 8192, "must be between 1 and 8192"))
     simplify: bool = option(False, "fold and merge what an ONNX graph computes needlessly (pip install onnxslim)")
     int8: bool = option(False, "int8 files are made, and scored, by quantize.py: its command is named")
     data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")

@@ -64,6 +64,8 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # where the terminal has no such letter, a class may be called so all the same
         try:
             return main(argv)
         except UserError as error:

@@ -119,6 +119,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_text(name: str) -> bool:
+    """A file's name may be any bytes; one that is no UTF-8 makes libraries in C++ crash."""
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

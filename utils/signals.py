@@ -1,8 +1,9 @@
-"""The thread's own signal stack, which OpenVINO does not leave alone."""
+"""Signals: the stack that a thread has for them, which OpenVINO does not leave alone, and a Ctrl-C that must wait."""
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,15 @@ def keep_signal_stack() -> Iterator[None]:
         yield
     finally:
         sigaltstack(ctypes.byref(before), None)
+
+
+def wait_to_the_end(done: threading.Event) -> None:
+    """Wait for a thread that is about to finish, and only then pass Ctrl-C on: what it writes would be lost. It must not take long."""
+    interrupted = None
+    while not done.is_set():
+        try:
+            done.wait()
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import queue
 import re
 import threading
@@ -17,7 +18,7 @@ import numpy as np
 
 from utils.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from utils.errors import UserError
-from utils.files import did_you_mean
+from utils.files import did_you_mean, is_text
 from utils.log import info, warn
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
@@ -125,17 +126,23 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
         raise UserError(f"--vid-stride {vid_stride}: give 1 (every frame) or more")
     if text.isdecimal():
         return Source(lambda stop: _stream_frames(int(text), f"webcam {text}", vid_stride, stop), live=True)
-    url = urlsplit(text)
-    if url.scheme.lower() in STREAM_SCHEMES:
-        suffix = Path(url.path).suffix.lower()
+    if is_url(text):
+        try:
+            suffix = Path(urlsplit(text).path).suffix.lower()
+        except ValueError as error:
+            raise UserError(f"{text}: no address: {error}") from None
         if suffix in IMAGE_SUFFIXES:
             raise UserError(f"{text}: a single image is not fetched from the network; download it and name the file")
-        name = re.sub(r"//[^/@]*@", "//", text)
+        name = re.sub(r"//[^/]*@", "//", text)
         if suffix in VIDEO_SUFFIXES:
-            return Source(lambda stop: _video_frames(text, name, vid_stride, stop))
+            return Source(lambda stop: _far_video_frames(text, name, vid_stride, stop))
         return Source(lambda stop: _stream_frames(text, name, vid_stride, stop), live=True)
     paths = _find_paths(text)
     return Source(lambda stop: _file_frames(paths, text, vid_stride, stop))
+
+
+def is_url(text: str) -> bool:
+    return text.partition("://")[0].lower() in STREAM_SCHEMES and "://" in text
 
 
 def natural_key(path: Path) -> list[str | int]:
@@ -146,7 +153,7 @@ def natural_key(path: Path) -> list[str | int]:
 
 
 def _find_paths(text: str) -> list[Path]:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return _readable([p for p in path.iterdir() if p.is_file()], text)
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -189,12 +196,12 @@ def _read_list(path: Path) -> list[Path]:
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        if entry.partition("://")[0].lower() in STREAM_SCHEMES:
+        if is_url(entry):
             raise UserError(f"{path}:{number}: {entry} is a stream, and streams are shown one at a time: start a detect.py with it as --source")
         if not _is_readable(Path(entry)):
             raise UserError(f"{path}:{number}: {entry} is neither an image ({_words(IMAGE_SUFFIXES)}) nor a video ({_words(VIDEO_SUFFIXES)})")
-        beside = path.parent / Path(entry).expanduser()
-        paths.append(beside if beside.exists() else Path(entry).expanduser())
+        named = Path(os.path.expanduser(entry))
+        paths.append(beside if (beside := path.parent / named).exists() else named)
     if not paths:
         raise UserError(f"{path}: the list names no file; write one path a line")
     return paths
@@ -219,8 +226,17 @@ def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.
         raise UserError(f"{text}: none of its {len(paths)} files can be read")
 
 
+def _far_video_frames(address: str, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
+    try:
+        yield from _video_frames(address, name, stride, stop)
+    except ImageError as error:
+        raise UserError(str(error)) from None
+
+
 def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
     count, expected = 0, 0
+    if not is_text(address):
+        raise ImageError(f"{name}: OpenCV reads no video whose name is not UTF-8: rename it")
     with _capture(address) as capture:
         for image, video in _images(capture, stride):
             expected = video.frames
@@ -235,7 +251,7 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -
 
 
 def _stream_frames(address: str | int, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
-    count, failures = 0, 0
+    count, failures, seen, expected = 0, 0, 0, 0
     while not stop.is_set():
         with _capture(address) as capture:
             if not count and not capture.isOpened():
@@ -243,11 +259,14 @@ def _stream_frames(address: str | int, name: str, stride: int, stop: threading.E
             for image, video in _images(capture, stride):
                 if failures:
                     info(f"{name}: reconnected")
+                seen, expected = 1 if failures else seen + 1, video.frames
                 failures = 0
                 yield Frame(name, count, image, video._replace(frames=0))
                 count += 1
                 if stop.is_set():
                     return
+        if seen * stride >= 0.95 * expected > 0:  # a file behind an address that does not say so
+            return
         if failures == _RETRIES:
             raise UserError(f"{name}: dropped after {count} frames, and {_RETRIES} attempts to reconnect failed")
         wait_s = _BACKOFF_S * 2**failures

@@ -114,10 +114,11 @@ class HubResults:
                 for rows, r in zip(self.xyxy, self.results, strict=True) for row, crop in zip(rows, r.crop(), strict=True)]
 
     def _write(self, save_dir: str | Path, exist_ok: bool, outputs: Outputs) -> Path:
-        folder = new_run_dir(Path(save_dir).parent, Path(save_dir).name, exist_ok)
+        place = Path(save_dir).absolute()
+        folder = new_run_dir(place.parent, place.name, exist_ok)
         with ResultWriter(lambda: folder, outputs) as writer:
-            for file, result in zip(self.files, self.results, strict=True):
-                writer.put(Frame(result.path or file, 0, result.image, None), result)
+            for n, (file, result) in enumerate(zip(self.files, self.results, strict=True)):
+                writer.put(Frame(result.path or f"{n}/{file}", 0, result.image, None), result)  # an image without a file has no file's name
         return folder
 
 

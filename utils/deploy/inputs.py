@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.images import ImageError, pillow_to_bgr, read_image
-from utils.data.sources import STREAM_SCHEMES
+from utils.data.sources import is_url
 from utils.errors import UserError
 
 _TO_BGR = {
@@ -75,7 +74,7 @@ def _pictures(image: Any, place: str, rgb: bool) -> Iterator[Picture]:
 
 
 def _from_file(path: str) -> Picture:
-    if urlsplit(path).scheme.lower() in STREAM_SCHEMES:
+    if is_url(path):
         raise ImageError(f"{path}: nothing is fetched from the network: download it and name the file")
     path = os.path.expanduser(path)
     if os.path.isdir(path):

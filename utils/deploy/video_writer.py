@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, is_text
+from utils.signals import wait_to_the_end
 
 _WAITING = 4  # frames not yet encoded: enough to overlap with inference, little memory
 
@@ -33,6 +34,8 @@ class VideoWriter:
         self._written = 0
         self._error: Exception | None = None
         self._file = contextlib.ExitStack()
+        if not is_text(str(self.path)):
+            raise UserError(f"{self.path}: OpenCV writes no video to a name that is not UTF-8: choose another --project")
         self._temporary = self._file.enter_context(atomic_write(self.path))
         fps = round(fps, 3 if fps < 65 else 2 if fps < 650 else 0)  # MPEG-4 counts time in 1/65535 s at the finest
         self._encoder = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
@@ -41,6 +44,7 @@ class VideoWriter:
             raise UserError(f"{self.path}: no {size[0]}x{size[1]} video can be written there; name an .mp4 file in a writable folder")
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="video writer", daemon=True)
+        self._done = threading.Event()
         self._thread.start()
 
     def write(self, image: np.ndarray) -> None:
@@ -54,7 +58,7 @@ class VideoWriter:
 
     def close(self) -> None:
         """Encode what waits and put the file in place; without a single frame there is none. May be called again."""
-        if not self._thread.is_alive():
+        if self._done.is_set():
             return
         self._finish()
         if self._error or not self._written:
@@ -76,7 +80,7 @@ class VideoWriter:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None:
             self.close()
-        elif self._thread.is_alive():
+        elif not self._done.is_set():
             self._finish()
             self._discard()
 
@@ -86,10 +90,11 @@ class VideoWriter:
                 self._encoder.write(image)
             except Exception as error:  # go on emptying the queue, so that write() never waits for ever
                 self._error = error
+        self._done.set()
 
     def _finish(self) -> None:
         self._queue.put(None)
-        self._thread.join()
+        wait_to_the_end(self._done)
         self._encoder.release()
 
     def _discard(self) -> None:

@@ -23,10 +23,12 @@ from utils.deploy.video_writer import VideoWriter
 from utils.draw import save_image
 from utils.evaluate.output import save_labels
 from utils.files import atomic_write
+from utils.signals import wait_to_the_end
 
 _WAITING = 2  # results not yet drawn: enough to overlap with inference, little memory
 _WRITABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # other images are written as .jpg
 _LONGEST_GAP_S = 10  # that a live video is held still for
+_LONGEST_NAME = 100  # characters, of an address
 _COLUMNS = ("image", "frame", "class", "name", "confidence", "x1", "y1", "x2", "y2")
 
 
@@ -70,6 +72,7 @@ class ResultWriter:
         self._abandoned = False
         self._queue: queue.Queue[tuple[Frame, Result] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="result writer", daemon=True)
+        self._done = threading.Event()
 
     def put(self, frame: Frame, result: Result) -> None:
         """Take one result. Waits while the thread is behind."""
@@ -84,9 +87,9 @@ class ResultWriter:
 
     def close(self) -> None:
         """Write what waits. May be called again."""
-        if self._thread.is_alive():
+        if self._thread.ident is not None and not self._done.is_set():
             self._queue.put(None)
-            self._thread.join()
+            wait_to_the_end(self._done)
         if self._error:
             raise self._error
 
@@ -119,6 +122,7 @@ class ResultWriter:
             self._error = error
         for _ in items:  # so that put() never waits for ever
             pass
+        self._done.set()
 
     def _write(self, frame: Frame, result: Result, table: csv.writer | None) -> None:
         out, stem = self.outputs, self._stems.of(frame.path, frame.video is not None)
@@ -143,6 +147,7 @@ class ResultWriter:
             save_image(self.folder / f"{stem}{suffix if suffix.lower() in _WRITABLE else '.jpg'}", image)
             return
         if self._video is None:
+            stem = stem.encode(errors="replace").decode()  # OpenCV would crash on a name that is no UTF-8
             path = self.folder / f"{stem}.mp4"
             if frame.index:  # a stream that came back in another size
                 path = path.with_stem(f"{stem}_from_{frame.index + 1}")
@@ -206,7 +211,8 @@ class _Stems:
 
     def of(self, path: str, is_video: bool = False) -> str:
         if path not in self._of:
-            base = Path(path).stem if Path(path).suffix and "://" not in path else file_name(path)
+            is_file = Path(path).suffix and "://" not in path
+            base = Path(path).stem if is_file else file_name(path.partition("?")[0])[:_LONGEST_NAME]
             stem, n = base, 1
             mark = "-" if not is_video and base.casefold() in self._videos else "_"
             while self._meets(stem.casefold(), is_video):

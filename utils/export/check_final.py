@@ -31,7 +31,8 @@ def compare_final(
         for ours, theirs in zip(everything, found, strict=True):
             own, final = torch.from_numpy(non_max_suppression(ours.numpy(), options)), _as_final(theirs)
             unmatched += int(_untrue(final, ours, nms, tolerance).sum() + _lost(own, final, nms, tolerance).sum())
-            boxes, images = boxes + len(own) + len(final), images + 1
+            sure = own[:, 4] > nms.conf_thres + tolerance.conf  # the file may leave out the others
+            boxes, images = boxes + int(sure.sum()) + len(final), images + 1
             distances.append(_partner_distance(final, ours))
     box_px, score = (torch.cat([d[:, columns].flatten() for d in distances]) for columns in (slice(0, 4), slice(4, 5)))
     largest_and_mean = [(float(d.max()), float(d.mean())) if len(d) else (0.0, 0.0) for d in (box_px, score)]

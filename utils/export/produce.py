@@ -16,7 +16,7 @@ import torch
 from utils.device import full_float32
 from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
-from utils.export.check import CONFIDENCE, TOLERANCES, Agreement, check_batches, compare
+from utils.export.check import CONFIDENCE, TOLERANCES, Agreement, Tolerance, check_batches, compare
 from utils.export.check_final import compare_final, surest
 from utils.export.formats import FORMATS, ExportJob, Format
 from utils.files import atomic_folder, atomic_write, size_bytes
@@ -41,7 +41,7 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
     if job.metadata.nms and not kind.suppresses:
         raise UserError(f"{kind.name}: --nms goes into {' and '.join(f.name for f in FORMATS.values() if f.suppresses)} only: leave it out")
     with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary:
-        agreement = _write_and_check(job, kind, temporary, images, reference, device)
+        agreement = _write_and_check(job, kind, temporary, images, reference, device, TOLERANCES[job.metadata.precision])
         if job.metadata.nms and not agreement.boxes:
             agreement = _check_below(job, kind, images, reference, device)
         if not agreement.holds:
@@ -52,31 +52,33 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
 
 
 def _write_and_check(
-    job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device
+    job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device, tolerance: Tolerance
 ) -> Agreement:
     try:
-        with foreign_errors("this network can't be converted"):
+        with foreign_errors(f"this network can't be converted{' (without --dynamic it may go)' if job.metadata.dynamic else ''}"):
             kind.write(job, path)
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
         with full_float32():
             if job.metadata.nms:
-                return compare_final(reference, exported, job.metadata.nms, batches, TOLERANCES[job.metadata.precision], device)
-            return compare(reference, exported, batches, TOLERANCES[job.metadata.precision], device)
+                return compare_final(reference, exported, job.metadata.nms, batches, tolerance, device)
+            return compare(reference, exported, batches, tolerance, device)
     except UserError as error:
         reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
-        raise UserError(f"{kind.name}: {reason}{'; without --dynamic it may go' if job.metadata.dynamic else ''}") from error
+        raise UserError(f"{kind.name}: {reason}") from error
 
 
 def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], reference: Network, device: torch.device) -> Agreement:
     """Neither has a box above the file's threshold on these images: the same graph with a lower one shows what its suppression does."""
     lower = min(CONFIDENCE, surest(reference, check_batches(images, job.metadata.imgsz, None), device) / 2)
     metadata = dataclasses.replace(job.metadata, nms=dataclasses.replace(job.metadata.nms, conf_thres=lower))
+    usual = TOLERANCES[job.metadata.precision]
+    smaller = usual._replace(conf=usual.conf * lower / CONFIDENCE)
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"lower{kind.suffix}"
         if kind.is_folder:
             path.mkdir()
-        agreement = _write_and_check(dataclasses.replace(job, metadata=metadata), kind, path, images, reference, device)
+        agreement = _write_and_check(dataclasses.replace(job, metadata=metadata), kind, path, images, reference, device, smaller)
     return dataclasses.replace(agreement, what=f"neither has a box above {job.metadata.nms.conf_thres:g}; with a lower threshold final boxes")
 
 
