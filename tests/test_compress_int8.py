@@ -68,7 +68,7 @@ def test_an_int8_file_is_near_its_float_file(made):
     files, network, images = made
     exact, rounded = open_network(files.float_path), open_network(files.path_of[()])
     assert rounded.metadata == dataclasses.replace(exact.metadata, precision="int8")
-    assert (rounded.names, rounded.strides, rounded.fixed) == (network.names, network.strides, (SIDE, SIDE))
+    assert (rounded.names, rounded.max_stride, rounded.fixed) == (network.names, network.max_stride, (SIDE, SIDE))
     a, b = exact(images), rounded(images)
     with torch.no_grad():
         torch.testing.assert_close(a, network.decode(network(images)), rtol=1e-4, atol=1e-4)

@@ -243,7 +243,7 @@ def times(column: int | slice, factor: float):
 @pytest.mark.parametrize(("change", "fp32", "fp16"), [
     (lambda boxes: boxes, True, True), (times(4, 1.005), True, True), (times(2, 1.005), True, True), (times(2, 1.03), False, True),
     (times(4, 0.95), False, False), (times(slice(2, 4), 1.05), False, False), (times(0, 1.2), False, False), (times(4, 0), False, False),
-    (times(4, float("nan")), False, False), (lambda boxes: boxes.flip(1), True, True),
+    (times(4, float("nan")), False, False), (lambda boxes: boxes.flip(1), False, False),
     (lambda boxes: boxes[..., [0, 1, 2, 3, 4, 6, 5]], False, False),
 ])  # fmt: skip
 def test_what_the_check_lets_pass(change, fp32: bool, fp16: bool, tiny):

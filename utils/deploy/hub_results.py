@@ -114,7 +114,7 @@ class HubResults:
                 for rows, r in zip(self.xyxy, self.results, strict=True) for row, crop in zip(rows, r.crop(), strict=True)]
 
     def _write(self, save_dir: str | Path, exist_ok: bool, outputs: Outputs) -> Path:
-        place = Path(save_dir).absolute()
+        place = Path(save_dir) if Path(save_dir).name else Path(save_dir).absolute()  # "." has none
         folder = new_run_dir(place.parent, place.name, exist_ok)
         with ResultWriter(lambda: folder, outputs) as writer:
             for n, (file, result) in enumerate(zip(self.files, self.results, strict=True)):

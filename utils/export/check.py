@@ -26,6 +26,7 @@ CONFIDENCE = 0.25  # final boxes above it are compared
 _MOST_BOXES = 300  # of an image
 _IMAGES = 8
 _TOGETHER = 4  # images of a batch
+_LITTLE_PX = 0.5
 _MAY_STRAY = 0.002  # of all raw rows: the coarsest of five levels has 0.003 of them
 
 
@@ -162,8 +163,9 @@ def _stray(ours: Tensor, others: Tensor, tolerance: Tolerance) -> Tensor:
     a, b = (visible(rows[..., :4].flatten(0, 1)) for rows in (ours, others))
     shared = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     iou = shared / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared)
-    near = ((ours[..., 4:] - others[..., 4:]).abs() <= tolerance.conf).all(-1).flatten()
-    return ~(near & (iou >= tolerance.iou))
+    differ = (ours - others).abs().flatten(0, 1)
+    in_place = (iou >= tolerance.iou) | (differ[:, :4] <= _LITTLE_PX).all(1)  # of small boxes a digit is a large share
+    return ~(in_place & (differ[:, 4:] <= tolerance.conf).all(1))
 
 
 def visible(cxcywh: Tensor) -> Tensor:

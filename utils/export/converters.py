@@ -77,7 +77,7 @@ def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) ->
 
 def to_torchscript(network: nn.Module, images: Tensor, path: Path, metadata: ExportMetadata) -> None:
     """Write `network` as a TorchScript file that holds its metadata as texts; images as of `to_onnx`."""
-    config = {"shape": list(images.shape), "stride": max(metadata.strides), "names": dict(enumerate(metadata.names))}
+    config = {"shape": list(images.shape), "stride": metadata.max_stride, "names": dict(enumerate(metadata.names))}
     with quiet(), _plain_attention():
         traced = trace(network, images.contiguous(memory_format=torch.channels_last))
         torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})

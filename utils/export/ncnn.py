@@ -25,7 +25,7 @@ _INPUT, _OUTPUT = "in0", "out0"  # as pnnx names them
 
 def write_ncnn_metadata(folder: Path, metadata: ExportMetadata) -> None:
     """Beside the model: our own text as plain YAML, with names, stride and image size where other programs look for them."""
-    content = {"names": dict(enumerate(metadata.names)), "stride": max(metadata.strides), "imgsz": list(metadata.imgsz),
+    content = {"names": dict(enumerate(metadata.names)), "stride": metadata.max_stride, "imgsz": list(metadata.imgsz),
                KEY: json.loads(metadata.to_props()[KEY])}
     write_yaml(folder / _METADATA, content)
 

@@ -55,7 +55,7 @@ def _write_and_check(
     job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device, tolerance: Tolerance
 ) -> Agreement:
     try:
-        with foreign_errors(f"this network can't be converted{' (without --dynamic it may go)' if job.metadata.dynamic else ''}"):
+        with foreign_errors("this network can't be converted"):
             kind.write(job, path)
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
@@ -65,7 +65,8 @@ def _write_and_check(
             return compare(reference, exported, batches, tolerance, device)
     except UserError as error:
         reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
-        raise UserError(f"{kind.name}: {reason}") from error
+        hint = "; without --dynamic it may go" if job.metadata.dynamic and not reason.startswith("--") else ""
+        raise UserError(f"{kind.name}: {reason}{hint}") from error
 
 
 def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], reference: Network, device: torch.device) -> Agreement:
