@@ -98,7 +98,10 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        return bool(self.missing) or any(row.problems for row in self.rows.values())
+        return bool(self.missing or self._problems())
+
+    def _problems(self) -> list[str]:
+        return [problem for row in self.rows.values() for problem in row.problems]
 
     def run(self) -> None:
         self.open()
@@ -108,8 +111,9 @@ class Comparison:
         self.measure()  # last: loader workers must not be forked from a process in which other runtimes have started their threads
         self.report()
         if self.config.layers:
+            told = self._problems()
             self.measure_rows()
-            if any(row.problems for row in self.rows.values()):
+            if self._problems() != told:
                 self.report(pictures=False)
 
     def open(self) -> None:
