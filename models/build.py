@@ -64,29 +64,40 @@ def build_rows(spec: ModelSpec) -> Rows:
     shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
     # The widths of a fused network are of layers that are not there yet.
     shapes = narrow_rows(spec, modules) if spec.widths and not spec.fused else shapes
-    return Rows(modules, shapes, strides, _max_stride(spec, modules, max(strides)))
+    return Rows(modules, shapes, strides, _max_stride(spec, modules, shapes, max(strides)))
 
 
-def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], coarsest: int) -> int:
+def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], shapes: Sequence[tuple[Any, ...]], coarsest: int) -> int:
     """The coarsest level's stride; twice or four times that, where rows between go further down and come up again.
 
     Raises:
         UserError: none of these will do; the row where the first fails.
     """
-    errors = []
+    maps = [level for shape in shapes for level in (shape if isinstance(shape[0], tuple) else (shape,))]
+    if min(min(height, width) for _, height, width in maps) * coarsest >= _DRY_RUN_PX:
+        return coarsest
+    first = None
     for stride in (coarsest, 2 * coarsest, 4 * coarsest):
-        kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, 3 * stride, 5 * stride)}  # odd numbers of them
-        work = _Work()
+        odd = _DRY_RUN_PX // stride | 1  # multiples, at least as large as the image that the rows are known to take
         try:
-            for layer, module in zip(spec.layers, modules, strict=True):
-                kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
+            _dry_run(spec, modules, odd * stride, (odd + 2) * stride)
             return stride
         except UserError as error:
-            errors.append(error)
-        finally:
-            for module in modules:
-                module.train()
-    raise errors[0]
+            first = first or error
+    raise first
+
+
+def _dry_run(spec: ModelSpec, modules: Sequence[nn.Module], height: int = _DRY_RUN_PX, width: int = _DRY_RUN_PX) -> dict[int, Any]:
+    """Each row's output for an empty image; the modules are in training mode afterwards."""
+    kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, height, width)}
+    work = _Work()
+    try:
+        for layer, module in zip(spec.layers, modules, strict=True):
+            kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
+    finally:
+        for module in modules:
+            module.train()
+    return kept
 
 
 @torch.no_grad()
@@ -98,11 +109,7 @@ def narrow_rows(spec: ModelSpec, modules: Sequence[nn.Module]) -> list[tuple[Any
     """
     narrow(nn.ModuleList(modules), spec.widths, spec.origin)
     slice_strided(nn.ModuleList(modules))  # what had channels enough may have few now
-    kept: dict[int, Any] = {IMAGE: torch.zeros(1, 3, _DRY_RUN_PX, _DRY_RUN_PX)}
-    work = _Work()
-    for layer, module in zip(spec.layers, modules, strict=True):
-        kept[layer.row] = _run(layer, module.eval(), inputs_of(layer, kept), work)
-        module.train()
+    kept = _dry_run(spec, modules)
     return [_shape(kept[row]) for row in range(len(modules) - 1)]
 
 

@@ -104,12 +104,13 @@ class C3SPP(CSPStage):
 
     Args:
         k: the pools' sizes. In a C3 row that was made a C3SPP one shortcut and groups stand there, of which a pyramid has neither.
+        rest: e by its place.
     """
 
-    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = (5, 9, 13), e: float = 0.5) -> None:
+    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = (5, 9, 13), *rest: float, e: float = 0.5) -> None:
         if isinstance(k, bool):
-            k, e = (5, 9, 13), 0.5
-        super().__init__(c1, c2, e, lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
+            k, rest = (5, 9, 13), rest[1:]
+        super().__init__(c1, c2, *(rest or (e,)), lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
 
 
 @register("C3TR", channels=to_width, repeats="inside")

@@ -37,7 +37,7 @@ def fold(model: nn.Module, probe_px: int = 64) -> None:
     _reparameterize(model)
     try:
         trace = _Trace.of(model, probe_px)
-    except RuntimeError:  # a block of the user's may have a least size
+    except Exception:  # of any kind: a block of the user's may have a least size
         trace = _Trace.of(model, _LARGER_PX)
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for conv, norm in trace.pairs():

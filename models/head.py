@@ -65,7 +65,7 @@ class Detect(nn.Module):
 
 
 def in_order_of(strides: Sequence[int], anchors_px: Tensor) -> Tensor:
-    """Anchors (L, A, 2) with the small ones on the fine levels, turned round where a file lists them, or the levels, the other way."""
+    """Anchors (L, A, 2), small ones for fine levels: turned round as a whole, as YOLOv5 does, where they or the levels are listed the other way."""
     areas = anchors_px.prod(-1).mean(-1)
     return anchors_px.flip(0) if (areas[-1] - areas[0]) * (strides[-1] - strides[0]) < 0 else anchors_px
 

@@ -74,7 +74,7 @@ class HubModel:
     def _all_names(self) -> tuple[str, ...]:
         count = len(self._weights.names)
         names = self.names if isinstance(self.names, Mapping) else dict(enumerate(self.names))
-        if sorted(names, key=str) != sorted(range(count), key=str):
+        if set(names) != set(range(count)):
             raise UserError(f"names: one is needed for each class number from 0 to {count - 1}, found {', '.join(map(repr, names)) or 'none'}")
         return tuple(str(names[n]) for n in range(count))
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
-from utils.files import ROOT, did_you_mean, find_file, read_yaml
+from utils.files import MODEL_FOLDERS, did_you_mean, find_file, read_yaml
 
 IMAGE = -1  # the source row that stands for the input image
 _KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "activation", "backbone", "head", "widths", "fused")
@@ -115,7 +115,7 @@ class ModelSpec:
 
 def load_spec(name: str | Path, nc: int | None = None) -> ModelSpec:
     """The network of a YAML file, found as given, in models/, in models/hub/ or in models/timm/."""
-    path = find_file(name, [ROOT / "models" / folder for folder in ("", "hub", "timm")], "model YAML")
+    path = find_file(name, MODEL_FOLDERS, "model YAML")
     return ModelSpec.from_dict(read_yaml(path), path.name, nc)
 
 

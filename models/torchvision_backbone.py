@@ -53,7 +53,7 @@ class Torchvision(Backbone):
         if not self._weights:
             raise UserError(f"torchvision has no weights for {self.name}")
         try:
-            return self._part(self._weights.get_state_dict(progress=True, check_hash=True))
+            return self._part(_renamed(self._weights.get_state_dict(progress=True, check_hash=True)))
         except Exception as error:  # of the network or the disk
             raise UserError(f"the weights of torchvision's {self.name} can't be fetched ({first_line(error)}); where there is a network download "
                             f"{self._weights.url} and give the file as pretrained: {self._weights.url.rpartition('/')[2]}") from error
@@ -68,7 +68,7 @@ class Torchvision(Backbone):
     def _part(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Those of a whole classifier's tensors that its levels need."""
         own = self.net.state_dict()
-        return {key: value for key, value in _renamed(weights).items() if key in own}
+        return {key: value for key, value in weights.items() if key in own}
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

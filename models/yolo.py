@@ -40,7 +40,7 @@ class DetectionModel(nn.Module):
         self.model = nn.ModuleList(rows.modules)
         self.row_shapes = rows.shapes
         self.max_stride = rows.max_stride
-        last_use = {source: layer.row for layer in spec.layers for source in layer.sources}
+        last_use = {layer.row: layer.row for layer in spec.layers[:-1]} | {source: layer.row for layer in spec.layers for source in layer.sources}
         self._last_used = [[source for source, row in last_use.items() if row == layer.row] for layer in spec.layers]
         if spec.fused:
             fold(self.eval(), 2 * self.max_stride)

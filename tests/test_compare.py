@@ -65,6 +65,10 @@ def test_a_folder_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds a comparison on other images or labels: give another --name"):
             check_settings(tmp_path, config, of_val, of_training)
     check_settings(tmp_path, config, "abc", "")  # checkpoints alone are trained on nothing
+    check_settings(tmp_path / "later", config, "abc", "")
+    with pytest.raises(UserError, match="on other images or labels"):
+        check_settings(tmp_path / "later", config, "abd", "other")
+    check_settings(tmp_path / "later", config, "abc", "t")  # what is refused leaves nothing
     with pytest.raises(UserError, match="with no --single-cls: repeat these"):
         check_settings(tmp_path, dataclasses.replace(config, single_cls=True), "abc", "t")
 
@@ -87,6 +91,16 @@ def test_checkpoints_are_scored_at_their_own_size(tmp_path: Path) -> None:
 def test_every_network_has_its_turn_before_the_next_seed(tmp_path: Path) -> None:
     entrants = [Entrant("a", cfg="a.yaml"), Entrant("done", weights="done.pt"), Entrant("b", cfg="b.yaml")]
     assert [run.folder.name for run in plan_runs(entrants, (0, 7, 0), tmp_path)] == ["a-seed0", "b-seed0", "a-seed7", "b-seed7"]
+
+
+def test_what_earlier_sittings_trained(tmp_path: Path) -> None:
+    for name in ("a-seed0", "a-seed1", "b-seed3", "c-seed0", "nothing"):
+        (tmp_path / "runs" / name / "weights").mkdir(parents=True)
+        (tmp_path / "runs" / name / "weights" / "last.pt").touch()
+    entrants = [Entrant("a", cfg="a.yaml"), Entrant("c", weights="c.pt")]
+    found = runs.runs_of_before(tmp_path, entrants, plan_runs(entrants, (0,), tmp_path))
+    assert [(run.entrant.name, run.seed) for run in found] == [("a", 1), ("b", 3)], "c is a checkpoint of the user's"
+    assert found[0].entrant is entrants[0] and found[1].entrant.weights == str(tmp_path / "runs/b-seed3/weights/best.pt")
 
 
 def test_the_command_of_a_training(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from models.shuffle import ChannelShuffle
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.errors import UserError
+from utils.export import check
 from utils.export import produce as production
 from utils.export.backends import open_network
 from utils.export.check import TOLERANCES, check_batches, check_images, compare
@@ -442,3 +443,11 @@ def test_a_level_that_is_dead_is_seen_though_no_box_is_sure_there(tmp_path: Path
     with pytest.raises(UserError, match=r"of all rows are further apart than they may be|have no partner"):
         produce(job, FORMATS["onnx"], tmp_path / "a", [np.zeros((64, 64, 3), np.uint8)], quiet, CPU)
     produce(job_of(quiet), FORMATS["onnx"], tmp_path / "b", [np.zeros((64, 64, 3), np.uint8)], quiet, CPU)
+
+
+@pytest.mark.parametrize(("moved", "less_sure", "strays"), [(0.3, 0.0, False), (0.6, 0.0, True), (0.0, 0.008, False), (0.0, 0.02, True)])
+def test_which_rows_stray(moved: float, less_sure: float, strays: bool):
+    """Of a box of 2 px a third is little; of a score a hundredth is the most."""
+    ours = torch.tensor([[[20.0, 20.0, 2.0, 2.0, 0.5, 0.9]]])
+    others = ours + torch.tensor([moved, 0, 0, 0, less_sure, 0])
+    assert check._stray(ours, others, TOLERANCES["fp32"]).tolist() == [strays]

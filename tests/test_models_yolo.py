@@ -315,3 +315,12 @@ def test_maps_live_no_longer_than_they_are_needed():
 def test_linear_layers_count_however_they_are_called():
     """torchvision's Swin hands its layers' weights to a function; 4.5 G multiply-accumulates at 224 px, its paper says."""
     assert count_gflops(torchvision.models.get_model("swin_t", weights=None), 224) == pytest.approx(2 * 4.5, rel=0.03)
+
+
+def test_a_row_with_a_least_size_builds_and_one_that_nobody_reads_is_not_kept():
+    least = [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 4]], [-1, 1, "nn.ReflectionPad2d", [12]], [-1, 1, "nn.AvgPool2d", [25, 1]]]
+    assert tiny(backbone=least).max_stride == 8
+    model = tiny(backbone=[*TINY["backbone"], [0, 1, "Conv", [16, 3, 2]]], head=[[[1], 1, "Detect", ["nc", "anchors"]]])
+    assert 2 in model._last_used[2] and model(torch.zeros(1, 3, 64, 64))
+    deeper = tiny(backbone=[*least, [-1, 1, "Conv", [16, 3, 4]], [-1, 1, "nn.Upsample", [None, 4, "nearest"]], [[-1, 3], 1, "Concat", [1]]])
+    assert deeper.strides == (8,) and deeper.max_stride == 32

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from utils.signals import wait_to_the_end
+from utils.deploy.writer import Outputs, ResultWriter
 
 CODE = """
 import gc, os, signal
@@ -34,18 +35,25 @@ def test_a_signal_after_openvino_does_not_kill():
     assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
 
 
-def test_what_is_being_written_ends_before_ctrl_c_is_heard():
-    done = threading.Event()
-    timers = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)) for after in (0.1, 0.2)] + [threading.Timer(0.4, done.set)]
+def test_what_is_being_written_ends_before_ctrl_c_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also while the writer is behind and has no room for the end."""
+    written = []
+    monkeypatch.setattr(ResultWriter, "_write", lambda self, frame, result, table: (time.sleep(0.1), written.append(frame)))
+    writer = ResultWriter(lambda: tmp_path, Outputs())
+    frames = list(range(5))
+    for frame in frames[:-1]:
+        writer.put(frame, None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timers = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)) for after in (0.02, 0.15)]
     try:
+        writer.put(frames[-1], None)
         for timer in timers:
             timer.start()
         with pytest.raises(KeyboardInterrupt):
-            wait_to_the_end(done)
-        assert done.is_set()
+            writer.close()
+        assert written == frames
     finally:
         signal.signal(signal.SIGINT, before)
         for timer in timers:
             timer.join()
-    wait_to_the_end(done)
+    writer.close()

@@ -27,6 +27,7 @@ from utils.training import engine
 from utils.training.engine import random_resize, same_size
 from utils.training.fit import image_chances, write_results
 from utils.training.memory import bytes_per_image, fit_batch
+from utils.training.state import TrainState, pack_rows, unpack_rows
 from utils.training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def assert_equal_runs(run: Path, expected: Path, ignored: tuple[str, ...] = ()) 
         mine, wanted = (dataclasses.asdict(load_checkpoint(folder / "weights" / name)) for folder in (run, expected))
         for checkpoint in (mine, wanted):
             if state := checkpoint["training"]:
-                state["history"] = [{k: v for k, v in row.items() if k != "time_s"} for row in state["history"]]
+                state["history"] = [{k: v for k, v in row.items() if k != "time_s"} for row in unpack_rows(state["history"])]
                 del state["seconds"]
                 for key in ("name", "resume", *ignored):
                     del state["config"][key]
@@ -318,7 +319,7 @@ def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     maps = 8 * (32**2 + 16**2 + 8**2 + 4**2 + 2**2) * 4  # the convolutions' outputs, float32; batch norm and SiLU keep their own
     assert 2 * maps < each < 8 * maps
     alone, two = World(), World(0, 2)
-    monkeypatch.setattr(World, "gather", lambda world, value: [value, value + world.size - 1])
+    monkeypatch.setattr(World, "gather", lambda world, value: [value] * world.size)
     assert fit_batch(model, -1, 64, CPU, alone, images=10) == 10
     assert fit_batch(model, -1, 64, CPU, alone, images=100_000) == 512
     assert fit_batch(model, -1, 64, CPU, two, images=7) == 6 and fit_batch(model, -1, 64, CPU, two, images=1) == 2
@@ -361,3 +362,17 @@ def test_a_gpu_is_given_the_benefit_of_the_doubt(tmp_path: Path, monkeypatch: py
     assert "use --batch-size 108 or less" in capsys.readouterr().err
     with pytest.raises(UserError, match="use --batch-size 108 or less"):
         fit_batch(model, 256, 64, cuda, World(), images=10)
+    monkeypatch.setattr(World, "gather", lambda world, counts: [counts, tuple(count // 2 for count in counts)])  # another process has half of it
+    with pytest.raises(UserError, match="use --batch-size 108 or less"):
+        fit_batch(model, 256, 64, cuda, World(0, 2), images=10)
+    assert fit_batch(model, -1, 64, cuda, World(0, 2), images=1000) == 108
+
+
+def test_what_grows_with_the_epochs_is_saved_however_many_there_are(tmp_path: Path) -> None:
+    plain = {f"x/{k}": 0.5 for k in range(15)}
+    rows = [{"epoch": n, "train/box_loss": 0.1 * n} | ({"metrics/mAP_0.5": 1 / 3} if n % 2 else {}) | plain for n in range(9000)]
+    state = TrainState({}, {}, history=rows)
+    save_checkpoint(tmp_path / "last.pt", Checkpoint({}, (), {}, training=state.to_dict()))
+    again = TrainState.from_dict(load_checkpoint(tmp_path / "last.pt").training, "last.pt").history
+    assert again == rows and type(again[5]["epoch"]) is int
+    assert unpack_rows(rows) == rows and unpack_rows(pack_rows([])) == []

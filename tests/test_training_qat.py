@@ -34,6 +34,7 @@ from utils.hyp import Hyp
 from utils.training.loss import DetectionLoss
 from utils.training.qat import QuantizationAware
 from utils.training.runs import new_run
+from utils.training.state import unpack_rows
 from utils.training.stepper import Stepper
 
 SIDE = 64
@@ -222,7 +223,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(place: Path, monkeypatch: 
     found, wanted = (dataclasses.asdict(load_checkpoint(path)) for path in reversed(last))
     for checkpoint in (found, wanted):
         state = checkpoint["training"]
-        state["history"] = [{k: v for k, v in row.items() if k != "time_s"} for row in state["history"]]
+        state["history"] = [{k: v for k, v in row.items() if k != "time_s"} for row in unpack_rows(state["history"])]
         for key in ("name", "resume"):
             del state["config"][key]
         del state["seconds"]

@@ -17,6 +17,7 @@ import yaml
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL_FOLDERS = tuple(ROOT / "models" / folder for folder in ("", "hub", "timm"))
 _SHORT = 40  # characters of a name within a temporary one, which must fit into 255 bytes too
 _MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 100_000, 50  # of a YAML file
 
@@ -37,7 +38,8 @@ def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
         if len(alike) == 1 and os.path.isfile(path.with_name(alike[0])):
             return path.with_name(alike[0])
     known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix == tried[0].suffix}
-    known |= {tried[0].name for folder in folders if folder != ROOT and os.path.isfile(folder / tried[0].name)}  # of ours: it needs no folder
+    if any(folder != ROOT and os.path.isfile(folder / tried[0].name) for folder in folders):
+        known.add(tried[0].name)  # of ours: it needs no folder
     raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(tried[0].name, known)}")
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,11 +34,17 @@ def keep_signal_stack() -> Iterator[None]:
         sigaltstack(ctypes.byref(before), None)
 
 
-def wait_to_the_end(done: threading.Event) -> None:
-    """Wait for a thread that is about to finish, and only then pass Ctrl-C on: what it writes would be lost. It must not take long."""
-    interrupted = None
+def end_thread(items: queue.Queue, done: threading.Event) -> None:
+    """Put None, the end, behind a thread's items and wait until it is `done`; only then pass Ctrl-C on, or what it writes would be lost.
+
+    Not `Thread.join`: interrupted, it takes a thread that runs for one that has stopped (Python 3.11).
+    """
+    asked, interrupted = False, None
     while not done.is_set():
         try:
+            if not asked:
+                items.put(None)
+                asked = True
             done.wait()
         except KeyboardInterrupt as error:
             interrupted = error

@@ -14,6 +14,7 @@ from utils.compare.rows import Profile, Row
 from utils.compare.runs import Run, plan_runs, runs_of_before, train
 from utils.compare.scores import Score, scored
 from utils.config import CompareConfig
+from utils.data.cache import fingerprint_files
 from utils.data.labels import Split
 from utils.data.open import open_splits, val_loader
 from utils.data.spec import load_data_spec
@@ -61,16 +62,17 @@ class Comparison:
         self.missing = self.remarks.copy() if config.runtimes else []  # of what was asked for
         self.hyp = load_hyp(config.hyp)
         self.splits = self._open_splits() if config.data else {}
+        self.data_key = {name: [split.fingerprint, fingerprint_files(split.images)] for name, split in self.splits.items()}
         self.models = {}
         self.planned = plan_runs(entrants, config.seeds, self.folder) if config.data else []
-        self.before = self._finished_before() if self.planned else []
+        self.before = self._finished_before(entrants) if self.planned else []
         for run in self.before:
             self.rows.setdefault(run.entrant.name, Row(run.entrant))
 
-    def _finished_before(self) -> list[Run]:
+    def _finished_before(self, entrants: Sequence[Entrant]) -> list[Run]:
         """So that a network added later stands beside those that were there, whether they are named again or not."""
         finished = []
-        for run in runs_of_before(self.folder, self.planned):
+        for run in runs_of_before(self.folder, entrants, self.planned):
             try:
                 if run.is_finished(None, self.hyp):
                     finished.append(run)
@@ -136,7 +138,7 @@ class Comparison:
         left = []
         for run in sorted((run for run in (*self.planned, *self.before) if run.entrant.name in self.models), key=lambda run: run.seed):
             with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
-                if run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
+                if run.entrant.weights or run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
                     self._take(run)
                 else:
                     left.append(run)
@@ -155,7 +157,7 @@ class Comparison:
         row.learning[run.seed] = np.stack((epochs["epoch"] + 1, epochs["time_s"].cumsum() / 60, epochs["metrics/mAP_0.5:0.95"]), 1)
 
     def _scored(self, weights: Path, kept: Path) -> dict[str, Score]:
-        return scored(weights, kept, self.splits, str(self.dtype), self._evaluate)
+        return scored(weights, kept, self.splits, {"dtype": str(self.dtype), "data": self.data_key}, self._evaluate)
 
     def _evaluate(self, weights: Path) -> dict[str, ValResult]:
         model = self.networks.load(weights)
@@ -203,7 +205,7 @@ class Comparison:
             trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, seeds))}"
             notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
-        order = [(runtime.name, batch) for runtime in self.runtimes for batch in sorted(config.batches)]
+        order = [(runtime.name, batch) for runtime in self.runtimes for batch in sorted(set(config.batches))]
         write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, order, notes + self.remarks,
                      pictures=pictures and not config.noplots)
 

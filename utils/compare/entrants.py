@@ -13,7 +13,7 @@ from utils.checkpoint import load_checkpoint
 from utils.config import DEFAULT_IMGSZ, CompareConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
-from utils.files import ROOT, read_yaml, write_yaml
+from utils.files import MODEL_FOLDERS, ROOT, find_file, read_yaml, write_yaml
 
 _DECISIVE = ("imgsz", "epochs", "budget_minutes", "batch_size", "single_cls", "precision")  # what the scores depend on, besides data and hyp
 
@@ -50,8 +50,10 @@ def _once(files: Iterable[str]) -> list[str]:
 
 
 def _real(file: str) -> str:
-    places = [Path(file).expanduser(), *(ROOT / "models" / folder / file for folder in ("", "hub", "timm"))]
-    return os.path.realpath(next((place for place in places if place.is_file()), places[0]))
+    try:
+        return os.path.realpath(find_file(file, MODEL_FOLDERS, "file"))
+    except UserError:
+        return file  # it will cost its own row
 
 
 def _expand(pattern: str) -> list[str]:
@@ -109,9 +111,9 @@ def check_settings(folder: Path, config: CompareConfig, fingerprint: str, of_tra
     settings |= {"data": find_data_yaml(config.data).name, "fingerprint": fingerprint} | ({"train_fingerprint": of_training} if of_training else {})
     path = folder / "settings.yaml"
     old = read_yaml(path) if path.exists() else {}
-    if set(settings) - set(old):
-        write_yaml(path, settings | old)
     if differing := [name for name in settings if name in old and old[name] != settings[name]]:
         flags = " ".join(_flag(name, old[name]) for name in differing if not name.endswith("fingerprint"))
         raise UserError(f"{folder}: holds a comparison {f'with {flags}' if flags else 'on other images or labels'}: "
                         f"{'repeat these to go on with it, or ' if flags else ''}give another --name")
+    if settings.keys() - old.keys():
+        write_yaml(path, settings | old)

@@ -64,13 +64,17 @@ def plan_runs(entrants: list[Entrant], seeds: tuple[int, ...], folder: Path) -> 
     return [Run(entrant, seed, folder / "runs" / f"{entrant.name}-seed{seed}") for seed in dict.fromkeys(seeds) for entrant in new]
 
 
-def runs_of_before(folder: Path, planned: Sequence[Run]) -> list[Run]:
-    """What earlier sittings trained in this folder and the present one does not ask for: other networks, by their checkpoints, and other seeds."""
-    entrants, found = {run.entrant.name: run.entrant for run in planned}, []
+def runs_of_before(folder: Path, entrants: Sequence[Entrant], planned: Sequence[Run]) -> list[Run]:
+    """What earlier sittings trained in this folder and the present one does not ask for: other networks, by their checkpoints, and other seeds.
+
+    A checkpoint that is compared now and has the name of such a network stands for itself alone.
+    """
+    known, found = {entrant.name: entrant for entrant in entrants}, []
+    given = {entrant.name for entrant in entrants if entrant.weights}
     for last in sorted((folder / "runs").glob("*-seed*/weights/last.pt")):
         name, _, seed = last.parents[1].name.rpartition("-seed")
-        if seed.isdecimal() and not any(run.last == last for run in planned):
-            entrant = entrants.setdefault(name, Entrant(name, weights=str(last.with_name("best.pt"))))
+        if seed.isdecimal() and name not in given and not any(run.last == last for run in planned):
+            entrant = known.setdefault(name, Entrant(name, weights=str(last.with_name("best.pt"))))
             found.append(Run(entrant, int(seed), last.parents[1]))
     return found
 

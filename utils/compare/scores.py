@@ -1,10 +1,8 @@
 """A checkpoint's scores on the splits of a comparison, kept beside it: scored once, again only when the file changes."""
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,30 +46,23 @@ def _boxes(found: Detections) -> list[list[float]]:
 
 
 def scored(
-    weights: Path, kept: Path, splits: Mapping[str, Split], dtype: str, evaluate: Callable[[Path], Mapping[str, ValResult]]
+    weights: Path, kept: Path, splits: Mapping[str, Split], under: Mapping[str, Any], evaluate: Callable[[Path], Mapping[str, ValResult]]
 ) -> dict[str, Score]:
-    """Scores by split, from `kept` where weights, data and precision are those that it was written for.
+    """Scores by split, from `kept` where weights and circumstances are those that it was written for.
 
     Args:
         kept: the JSON file of the scores.
-        dtype: what it is computed in.
+        under: what they depend on beside the weights.
         evaluate: weights -> a result for each split.
     """
     stat = weights.stat()
-    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "dtype": dtype,
-           "data": {name: [split.fingerprint, _state_of(split.images)] for name, split in splits.items()}}
+    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, **under}
     if (old := _read(kept)) and old.get("of") == key:
         return {name: Score(**content) for name, content in old["scores"].items()}
     scores = {name: score_of(result, splits[name]) for name, result in evaluate(weights).items()}
     with atomic_write(kept) as temporary:
         temporary.write_text(json.dumps({"of": key, "scores": {name: asdict(score) for name, score in scores.items()}}))
     return scores
-
-
-def _state_of(images: Sequence[str]) -> str:
-    """Changes with any image file."""
-    stats = [os.stat(image) for image in images]
-    return hashlib.blake2b(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

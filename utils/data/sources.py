@@ -30,6 +30,7 @@ _RETRIES = 6  # in a row, of a dropped stream
 _BACKOFF_S = 0.5  # before the first retry; doubles with each
 _TIMEOUT_MS = 10_000  # to connect to a stream, and to wait for its next frame
 _CLOSE_S = 15.0  # how long close() waits for a stream that is stuck in a read
+_NEARLY_ALL = 0.95  # of a video's frames: containers only estimate
 _END = object()
 
 
@@ -246,7 +247,7 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -
                 return
     if not count:
         raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
-    if count * stride < 0.95 * expected:  # a few frames less are common: containers only estimate
+    if count * stride < _NEARLY_ALL * expected:
         warn(f"{name}: broken off after frame {count * stride} of {expected}")
 
 
@@ -265,7 +266,7 @@ def _stream_frames(address: str | int, name: str, stride: int, stop: threading.E
                 count += 1
                 if stop.is_set():
                     return
-        if seen * stride >= 0.95 * expected > 0:  # a file behind an address that does not say so
+        if seen * stride >= _NEARLY_ALL * expected > 0:  # a file behind an address that does not say so
             return
         if failures == _RETRIES:
             raise UserError(f"{name}: dropped after {count} frames, and {_RETRIES} attempts to reconnect failed")

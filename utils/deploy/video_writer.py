@@ -11,7 +11,6 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_write, is_text
-from utils.signals import wait_to_the_end
 
 _WAITING = 4  # frames not yet encoded: enough to overlap with inference, little memory
 
@@ -44,7 +43,6 @@ class VideoWriter:
             raise UserError(f"{self.path}: no {size[0]}x{size[1]} video can be written there; name an .mp4 file in a writable folder")
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="video writer", daemon=True)
-        self._done = threading.Event()
         self._thread.start()
 
     def write(self, image: np.ndarray) -> None:
@@ -58,7 +56,7 @@ class VideoWriter:
 
     def close(self) -> None:
         """Encode what waits and put the file in place; without a single frame there is none. May be called again."""
-        if self._done.is_set():
+        if not self._thread.is_alive():
             return
         self._finish()
         if self._error or not self._written:
@@ -80,7 +78,7 @@ class VideoWriter:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None:
             self.close()
-        elif not self._done.is_set():
+        elif self._thread.is_alive():
             self._finish()
             self._discard()
 
@@ -90,11 +88,10 @@ class VideoWriter:
                 self._encoder.write(image)
             except Exception as error:  # go on emptying the queue, so that write() never waits for ever
                 self._error = error
-        self._done.set()
 
     def _finish(self) -> None:
         self._queue.put(None)
-        wait_to_the_end(self._done)
+        self._thread.join()
         self._encoder.release()
 
     def _discard(self) -> None:

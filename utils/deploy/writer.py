@@ -23,7 +23,7 @@ from utils.deploy.video_writer import VideoWriter
 from utils.draw import save_image
 from utils.evaluate.output import save_labels
 from utils.files import atomic_write
-from utils.signals import wait_to_the_end
+from utils.signals import end_thread
 
 _WAITING = 2  # results not yet drawn: enough to overlap with inference, little memory
 _WRITABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # other images are written as .jpg
@@ -88,8 +88,7 @@ class ResultWriter:
     def close(self) -> None:
         """Write what waits. May be called again."""
         if self._thread.ident is not None and not self._done.is_set():
-            self._queue.put(None)
-            wait_to_the_end(self._done)
+            end_thread(self._queue, self._done)
         if self._error:
             raise self._error
 
@@ -147,7 +146,6 @@ class ResultWriter:
             save_image(self.folder / f"{stem}{suffix if suffix.lower() in _WRITABLE else '.jpg'}", image)
             return
         if self._video is None:
-            stem = stem.encode(errors="replace").decode()  # OpenCV would crash on a name that is no UTF-8
             path = self.folder / f"{stem}.mp4"
             if frame.index:  # a stream that came back in another size
                 path = path.with_stem(f"{stem}_from_{frame.index + 1}")

@@ -14,7 +14,7 @@ from utils.log import info, warn
 
 _PROBE_IMAGES = 2
 _USABLE = 0.85  # of the free memory
-_OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; measured
+_OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; of trainings of this family on a CPU
 _LARGEST = 512
 
 
@@ -55,8 +55,8 @@ def fit_batch(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
     each = bytes_per_image(model, imgsz, device, dtype)
-    surely, perhaps = int((free * _USABLE - state) / each), int((free - state) / each * _OVERHEAD)
-    fits, may_fit = (max(min(world.gather(count)), 0) * world.size if free else _LARGEST for count in (surely, perhaps))
+    counts = (int((free * _USABLE - state) / each), int((free - state) / each * _OVERHEAD)) if free else (_LARGEST, _LARGEST)
+    fits, may_fit = (max(min(of_all), 0) * world.size for of_all in zip(*world.gather(counts), strict=True))
     if batch_size == -1:
         batch_size = max(min(fits, _LARGEST, images) // world.size, 1) * world.size
         info(f"--batch-size -1: {batch_size} images of {each / 2**20:.0f} MB each, {free / 2**30:.1f} GB free")

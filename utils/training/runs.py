@@ -55,9 +55,9 @@ def new_run(given: dict[str, Any]) -> Run:
 
 def _after_pruning(given: dict[str, Any]) -> dict[str, Any]:
     """The command line, and where it says nothing what suits what prune.py left of a trained network."""
-    if not given.get("weights") or given.get("cfg"):
+    if not given.get("weights") or given.get("cfg") or {"hyp", "imgsz"} <= given.keys():
         return given
-    checkpoint = load_checkpoint(find_checkpoint(given["weights"]))
+    checkpoint = load_checkpoint(given["weights"])
     if not checkpoint.spec.get("widths"):
         return given
     suited = {"hyp": _AFTER_PRUNING, "imgsz": checkpoint.imgsz or TrainConfig.imgsz}

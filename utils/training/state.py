@@ -1,6 +1,8 @@
 """What a training must remember to go on exactly where it stopped."""
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -32,8 +34,9 @@ class TrainState:
     finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """What grows with the epochs is packed: a checkpoint holds only so many values."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
-        return content | {"gammas": torch.tensor(self.gammas)}  # one value, whatever the number of epochs: a checkpoint holds only so many
+        return content | {"gammas": torch.tensor(self.gammas), "history": pack_rows(self.history)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None, origin: str) -> TrainState:
@@ -43,6 +46,22 @@ class TrainState:
         try:
             state = cls(**content)
             state.gammas = torch.as_tensor(state.gammas).tolist()
+            state.history = unpack_rows(state.history)
             return state
         except TypeError as error:
             raise UserError(f"{origin}: its training state is of another version: {error}: start anew with --weights {origin}") from None
+
+
+def pack_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Rows of numbers as their columns' names and one tensor; what a row lacks is nan."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    values = torch.tensor([[row.get(key, math.nan) for key in columns] for row in rows], dtype=torch.float64)
+    return {"columns": columns, "values": values}
+
+
+def unpack_rows(packed: Mapping[str, Any] | list[dict[str, float]]) -> list[dict[str, float]]:
+    """As they were before `pack_rows`; older files hold them so."""
+    if isinstance(packed, list):
+        return packed
+    rows = [dict(zip(packed["columns"], values, strict=True)) for values in packed["values"].tolist()]
+    return [{key: int(value) if key == "epoch" else value for key, value in row.items() if not math.isnan(value)} for row in rows]
