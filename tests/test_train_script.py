@@ -20,6 +20,7 @@ from tiny import NAMES, model_yaml, tiny_model, train_flags
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.distributed import World
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.threads import wait_politely
@@ -211,6 +212,11 @@ def test_loss_that_is_not_finite_stops_with_its_parts(flags: list[str], place: P
     (place / "hot.yaml").write_text("{lr0: 1.0e+30, warmup_bias_lr: 1.0e+30}")
     message = error_of([*flags, "--hyp", str(place / "hot.yaml"), "--epochs", "20", "--name", "hot"], capfd)
     assert "the loss is not finite at batch" in message and all(part in message for part in ("box", "obj", "cls", "nan")) and "lower lr0" in message
+
+
+def test_processes_must_agree_on_the_precision(flags: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "gather", lambda world, value: [value, "torch.bfloat16"])
+    assert "the GPUs are of unlike kinds: name a precision that all have" in error_of(flags, capfd)
 
 
 def test_weights_of_no_detector(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
