@@ -4,10 +4,11 @@
     python detect.py --weights yolov5n.pt --source street.mp4 --classes 0 --save-txt
     python detect.py --weights best_openvino_model/ --source street.mp4
     python detect.py --weights yolov5n.pt --source rtsp://camera/stream --nosave --save-csv
+
+Exit code 1: an image could not be read, or a video broke off, which a line names; the rest is done.
 """
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -47,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data)
     if config.augment:
-        from utils.evaluate.tta import Augmented
-
-        weights = dataclasses.replace(weights, network=Augmented(weights.network))
+        weights = weights.augmented()
     weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
     imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
          f"{tally.images / tally.seconds:.1f} images/s at {imgsz[0]}x{imgsz[1]} px, on {weights.description}")
     if writer.folder:
         info(f"results: {writer.folder}")
-    return 0
+    return 1 if source.missed else 0
 
 
 if __name__ == "__main__":

@@ -35,22 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.log import info
 
     keep_freed_memory()
-    if config.int8:
-        raise UserError(f"--int8: int8 is calibrated and scored on data: python quantize.py --weights {config.weights} --data "
-                        f"{config.data or 'my_set.yaml'} --to {'openvino' if 'openvino' in ' '.join(config.include).lower() else 'onnx'}")
     formats = choose_formats(config.include)
+    if config.int8:
+        raise UserError(_int8(config, [kind.name for kind in formats]))
     device = select_device(config.device)
     load_plugin(config.plugin)
     weights, model, trained_at, _ = open_checkpoint(config.weights)
     network = model.fused().requires_grad_(False)
     images = check_images(config.data, config.data_root)
+    checked = f"{len(images)} images of {config.data}" if config.data else f"{len(images)} generated images (--data names your own)"
     sides = config.imgsz or (trained_at or DEFAULT_IMGSZ,)
     imgsz = network.whole_strides(sides[0]), network.whole_strides(sides[-1])
     nms = GraphNms(config.conf_thres, config.iou_thres, config.max_det) if config.nms else None
     metadata = ExportMetadata.of(network, imgsz, dynamic=config.dynamic, precision="fp16" if config.half else "fp32", source=weights.name, nms=nms)
     job = ExportJob(network, metadata, config.batch_size, config.opset, config.simplify)
     reference = copy.deepcopy(network).to(device) if device.type == "cuda" else network
-    info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}")
+    info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}; "
+         f"checked on {checked}")
 
     failed = 0
     for kind in formats:
@@ -61,6 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _int8(config: ExportConfig, formats: Sequence[str]) -> str:
+    """What to do instead."""
+    written = [name for name in formats if name in ("onnx", "openvino")]
+    size = f" --imgsz {config.imgsz[0]}" if config.imgsz and len({*config.imgsz}) == 1 else ""
+    others = "" if written else f"there are no int8 {' or '.join(formats)} files here, but int8 ONNX and OpenVINO files run on ARM too: "
+    return (f"--int8: {others}int8 is calibrated and scored on data: python quantize.py --weights {config.weights} --data "
+            f"{config.data or 'my_set.yaml'} --to {written[0] if written else 'onnx'}{size}{' --dynamic' * config.dynamic}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.evaluate.official import pycocotools_scores
     from utils.evaluate.output import save_json, save_txt
     from utils.evaluate.table import score_table
-    from utils.evaluate.tta import Augmented
     from utils.evaluate.validate import check_classes, validate
     from utils.files import new_run_dir
     from utils.log import info
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)
     loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, weights.device)
-    network = Augmented(weights.network) if config.augment else weights.network
+    network = (weights.augmented() if config.augment else weights).network
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
     result = validate(network, loader, split, weights.device, weights.dtype, nms, single_cls=config.single_cls)

@@ -6,26 +6,32 @@ import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from models.weights import OpenWeights, open_weights
 from utils.config import DetectConfig
 from utils.cpu import PrecisionName
 from utils.deploy.inputs import Picture, open_pictures
 from utils.deploy.predictor import Predictor
 from utils.deploy.results import Result
 from utils.errors import UserError
-from utils.evaluate.tta import Augmented
+from utils.export.weights import OpenNetwork
+from utils.extras import is_installed
 from utils.flags import check_value
 from utils.nms import NmsOptions
+
+if is_installed("torch"):
+    from models.weights import open_weights
+else:  # on a board with one of the small runtimes
+    from utils.export.weights import open_exported as open_weights
+
+if TYPE_CHECKING:
+    import torch
 
 _LIMITS = {f.name: f for f in dataclasses.fields(DetectConfig)}
 
 
 class Detector:
-    """A checkpoint or an exported file as a function of images; finds what detect.py finds.
+    """A checkpoint or an exported file as a function of images; finds what detect.py finds. Exported files need no PyTorch.
 
         from models.detector import Detector
 
@@ -43,7 +49,7 @@ class Detector:
 
     def __init__(
         self,
-        weights: str | Path | OpenWeights,
+        weights: str | Path | OpenNetwork,
         device: str | int | torch.device = "",
         precision: PrecisionName = "auto",
         data: str = "",
@@ -61,9 +67,11 @@ class Detector:
         Raises:
             UserError: no such file, not a whole one, or not for this device.
         """
-        if not isinstance(weights, OpenWeights):
-            weights = open_weights(str(weights), str(device), precision, data, at_once=callers)
-        self.weights = dataclasses.replace(weights, network=Augmented(weights.network)) if augment else weights
+        if not isinstance(callers, numbers.Integral) or callers < 1:
+            raise UserError(f"callers {callers!r}: expected a whole number of 1 or more")
+        if not isinstance(weights, OpenNetwork):
+            weights = open_weights(str(weights), str(device), precision, data, at_once=int(callers))
+        self.weights = weights.augmented() if augment else weights
         self.names = self.weights.names
 
     def __call__(

@@ -52,13 +52,14 @@ class HubModel:
     def device(self) -> torch.device:
         return self._weights.device
 
-    def __call__(self, ims: Any, size: int | Sequence[int] | None = None, augment: bool = False) -> HubResults:
+    def __call__(self, ims: Any, size: int | Sequence[int] | None = None, augment: bool = False, profile: bool = False) -> HubResults:
         """Objects in one image, or in each of a list.
 
         Args:
             ims: paths, Pillow images, arrays (H, W, 3) uint8 RGB, tensors (B, 3, H, W) RGB in 0..1, or a list of these. Nothing is fetched: no URLs.
             size: that images are fitted into, pixels; the one that the weights were trained at, if left out.
             augment: test-time augmentation.
+            profile: YOLOv5's, without effect: `t` of the results always tells the times.
 
         Raises:
             UserError: a setting out of its range, something that is no image, or one that can't be read.

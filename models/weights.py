@@ -15,6 +15,7 @@ from utils.config import PRECISIONS
 from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
 from utils.errors import UserError
+from utils.evaluate.tta import Augmented
 from utils.export.backends import ExportedNetwork, is_exported, needs_torch
 from utils.export.weights import OpenNetwork, check_cpu, open_exported
 from utils.network import TorchRunner
@@ -67,6 +68,9 @@ class OpenWeights(OpenNetwork):
     def runner(self) -> Runner:
         alone = isinstance(self.network, ExportedNetwork) and not needs_torch(self.network.path)
         return self.network if alone else TorchRunner(self.network, self.device, self.dtype)
+
+    def augmented(self) -> OpenWeights:
+        return dataclasses.replace(self, network=Augmented(self.network))
 
     def computing(self, precision: PrecisionName) -> OpenWeights:
         """In another precision; an exported file goes on as it was opened."""

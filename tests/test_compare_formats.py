@@ -17,7 +17,8 @@ from utils.compare import formats
 from utils.compare.formats import FormatRow, find_formats, table
 from utils.errors import UserError
 from utils.export.formats import FORMATS, ExportJob
-from utils.export.metadata import ExportMetadata
+from utils.export.metadata import ExportMetadata, GraphNms
+from utils.extras import is_installed
 from utils.measure.timing import Latency
 from utils.plots.formats import draw_formats
 
@@ -54,20 +55,34 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: False)
     model = tiny_model(tmp_path)
     save_checkpoint(tmp_path / "best.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
-    metadata = ExportMetadata.of(model.eval().fused(), (64, 64), dynamic=True, precision="fp32", source="best.pt")
-    FORMATS["onnx"].write(ExportJob(model.eval().fused().requires_grad_(False), metadata, opset=17), tmp_path / "best.onnx")
+    network = model.eval().fused().requires_grad_(False)
+
+    def write(kind: str, file: str, precision: str = "fp32", dynamic: bool = False, nms: GraphNms | None = None) -> None:
+        metadata = ExportMetadata.of(network, (64, 64), dynamic=dynamic, precision=precision, source="best.pt", nms=nms)
+        if FORMATS[kind].is_folder:
+            (tmp_path / file).mkdir()
+        FORMATS[kind].write(ExportJob(network, metadata, opset=17), tmp_path / file)
+
+    write("onnx", "best.onnx", dynamic=True)
+    write("onnx", "best_nms.onnx", nms=GraphNms(0.25, 0.45, 100))
+    others = {kind: f"best{FORMATS[kind].suffix}" for kind, needs in (("torchscript", "torch"), ("openvino", "openvino"), ("ncnn", "pnnx"))
+              if is_installed(needs)}
+    for kind, file in others.items():
+        write(kind, file, "fp16" if kind == "openvino" else "fp32")
     (tmp_path / "best_cut.onnx").write_bytes((tmp_path / "best.onnx").read_bytes()[:1000])
     data = data_yaml(tmp_path)
     assert compare.main(["--formats", str(tmp_path / "best.pt"), "--data", str(data), "--project", str(tmp_path / "out"), "--workers", "0"]) == 1
     with open(tmp_path / "out" / "exp" / "formats.csv", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["best.pt", "best.onnx", "best_cut.onnx"] and "cut off" in rows["best_cut.onnx"]["problem"]
-    for name in ("best.pt", "best.onnx"):
+    assert set(rows) == {"best.pt", "best.onnx", "best_nms.onnx", "best_cut.onnx", *others.values()} and "cut off" in rows["best_cut.onnx"]["problem"]
+    for name in ("best.pt", "best.onnx", "best_nms.onnx", *others.values()):
         assert float(rows[name]["latency_ms"]) > 0 and float(rows[name]["start_s"]) > 0 and not rows[name]["problem"]
     assert float(rows["best.onnx"]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3)
+    assert {rows[name]["precision"] for name in others.values()} == {"fp32", *(["fp16"] if "openvino" in others else [])}
     assert "ONNX Runtime" in rows["best.onnx"]["runtime"] and cv2.imread(str(tmp_path / "out" / "exp" / "formats.png")).size
     printed = capsys.readouterr()
-    assert "2 exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err
+    assert f"{3 + len(others)} exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err
+    assert "best_nms.onnx fp32 nms: " in printed.out and "best_nms.onnx: suppresses boxes itself, with --conf-thres 0.25" in printed.err
 
 
 def test_picture_without_scores(tmp_path: Path):

@@ -92,7 +92,7 @@ def test_a_broken_file_among_others_is_skipped(tmp_path, capsys):
     (tmp_path / "c.jpg").write_bytes(b"no image")
     _image(tmp_path / "d.png", 2)
     with open_source(str(tmp_path)) as source:
-        assert [_number(frame.image) for frame in source] == [1, 2]
+        assert [_number(frame.image) for frame in source] == [1, 2] and source.missed == 2
     said = capsys.readouterr().err
     assert "skipped" in said and "b.mp4: can't be read as a video" in said and "c.jpg" in said
     (tmp_path / "a.png").unlink(), (tmp_path / "d.png").unlink()
@@ -220,6 +220,7 @@ def test_truncated_video_gives_what_it_has_and_says_so(tmp_path, capsys):
     (tmp_path / "v.mkv").write_bytes(data[: len(data) // 2])
     with open_source(str(tmp_path / "v.mkv")) as source:
         numbers = [_number(f.image) for f in source]
+        assert source.missed == 1
     assert 5 < len(numbers) < 55 and numbers[:-1] == list(range(len(numbers) - 1))
     assert f"broken off after frame {len(numbers)} of 60" in capsys.readouterr().err
 

@@ -53,11 +53,19 @@ class FixedNetwork:
         self.wait_s = wait_s
         self.calls = 0
         self.shapes: list[tuple[int, ...]] = []
+        self.inside, self.most_inside = 0, 0  # callers at one time
+        self.lock = threading.Lock()
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
-        self.calls += 1
-        self.shapes.append(tuple(images.shape))
-        time.sleep(self.wait_s[self.calls % len(self.wait_s)])
+        with self.lock:
+            self.calls += 1
+            self.shapes.append(tuple(images.shape))
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+            wait_s = self.wait_s[self.calls % len(self.wait_s)]
+        time.sleep(wait_s)
+        with self.lock:
+            self.inside -= 1
         return [self.rows]
 
     def decode(self, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -260,9 +268,11 @@ def test_file_name_stays_one_part():
 
 
 def test_video_keeps_order_rate_and_count(tmp_path):
-    predictor = fixed(rows=[], wait_s=(0.0, 0.02, 0.005))  # late ones must not be overtaken
+    torch.set_num_threads(3)
+    predictor = fixed(rows=[], wait_s=(0.001, 0.03, 0.005))  # late ones must not be overtaken
     tally = detect(source_of(frames_of("clip.avi", 30)), predictor, writer_of(tmp_path / "out"))
     assert tally.images == 30 and not our_threads()
+    assert predictor.runner.network.most_inside == 3, "images on three threads at a time"
     assert names_below(tmp_path / "out") == ["clip.mp4"]
     assert video_facts(tmp_path / "out" / "clip.mp4") == (30, 12.5, (64, 48))
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
@@ -454,10 +464,10 @@ def test_thread_count_is_left_as_it_was(tmp_path):
 # --- the script ----------------------------------------------------------------------------------------------------------------------------
 
 
-def run(shared: Path, tmp_path: Path, source: Path | str, *flags: str) -> Path:
-    """The run's folder after a detect.py that must end well."""
+def run(shared: Path, tmp_path: Path, source: Path | str, *flags: str, code: int = 0) -> Path:
+    """The run's folder after a detect.py that must end so."""
     weights = str(shared / "weights" / "yolov5n.pt")
-    assert script.main(["--weights", weights, "--source", str(source), "--project", str(tmp_path / "runs"), "--device", "cpu", *flags]) == 0
+    assert script.main(["--weights", weights, "--source", str(source), "--project", str(tmp_path / "runs"), "--device", "cpu", *flags]) == code
     return tmp_path / "runs" / "exp"
 
 
@@ -472,7 +482,7 @@ def test_every_saving_flag(shared, tmp_path, capsys):
     listed = ("bus.jpg", "zidane.jpg", "blank.png", "broken.jpg", "other/bus.jpg")
     (tmp_path / "list.txt").write_text("# photographs\n" + "".join(f"media/{name}\n" for name in listed))
 
-    out = run(shared, tmp_path, tmp_path / "list.txt", "--save-txt", "--save-conf", "--save-csv", "--save-crop")
+    out = run(shared, tmp_path, tmp_path / "list.txt", "--save-txt", "--save-conf", "--save-csv", "--save-crop", code=1)
     printed = capsys.readouterr()
     assert "broken.jpg" in printed.err and "Traceback" not in printed.err
     assert names_below(out) == sorted([

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -370,6 +371,31 @@ def test_a_result_for_supervision():
     np.testing.assert_array_equal(found.xyxy, [[10, 20, 30, 40], [0, 0, 100, 80]])
     assert found.confidence.tolist() == [0.5, 0.25] and found.class_id.tolist() == [1, 0] and found["class_name"].tolist() == ["green", "red"]
     assert len(by_hand([]).supervision()) == 0 and len(found[found["class_name"] == "red"]) == 1
+
+
+@pytest.mark.parametrize("callers", [0, -1, 1.5, "2", None])
+def test_callers_are_counted(callers: object, place: Path):
+    with pytest.raises(UserError, match=r"^callers .*: expected a whole number of 1 or more$"):
+        Detector(place / "tiny.pt", callers=callers)
+
+
+def test_limits_of_a_file_are_told_once(place: Path, tmp_path: Path, capfd):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    shutil.copy(place / "tiny.pt", tmp_path)
+    assert export.main(["--weights", str(tmp_path / "tiny.pt"), "--include", "onnx", "--nms", "--imgsz", "64"]) == 0
+    detector, image = Detector(tmp_path / "tiny.onnx"), np.zeros((50, 60, 3), np.uint8)
+    for _ in range(3):  # as a video's frames
+        detector(image, conf=0.1)
+    assert capfd.readouterr().err.count("suppresses boxes itself, with --conf-thres 0.25") == 1
+
+
+def test_threads_that_open_files_leave_stderr_where_it_was(capfd):
+    pytest.importorskip("ai_edge_litert")
+    file = Path(__file__).with_name("tiny.tflite")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: Detector(file), range(40)))
+    os.write(2, b"still here")
+    assert "still here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["pandas", "supervision"])

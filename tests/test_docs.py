@@ -3,11 +3,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import export
+from models.detector import Detector
 from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig
 from utils.files import ROOT
 from utils.flags import parse_given
@@ -48,3 +54,18 @@ def test_there_are_commands_to_understand() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
         assert re.match(r"https?://", target) or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("image", ["bus.jpg", "zidane.jpg"])
+def test_the_program_without_this_project_finds_the_same(image: str, shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8"), re.DOTALL)
+    shutil.copy(shared / "weights" / "yolov5n.pt", tmp_path / "best.pt")
+    shutil.copy(shared / "media" / image, tmp_path / "bus.jpg")
+    assert export.main(["--weights", str(tmp_path / "best.pt"), "--include", "onnx", "--imgsz", "384", "640"]) == 0
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [list(map(float, re.findall(r"-?\d+\.?\d*", line))) for line in done.stdout.splitlines()]
+    (found,) = Detector(tmp_path / "best.onnx")(tmp_path / "bus.jpg")
+    assert len(found) >= 3
+    np.testing.assert_allclose(rows, np.column_stack((found.cls, found.conf, found.xyxy)), atol=0.1)

@@ -3,18 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import detect
 from models.weights import open_weights
 from models.yolo import DetectionModel
 from utils.errors import UserError
@@ -86,26 +82,6 @@ def test_pixels_in_boxes_out(kind: str, files, tiny):
         np.testing.assert_allclose(boxes, own, rtol=1e-4, atol=1e-4)
     with network.threads() as (pool, workers):
         assert workers == network.at_once and len(pool.submit(network.run, pixels, 0.25).result()) == 3
-
-
-WITHOUT_TORCH = """
-import sys
-import detect
-code = detect.main(sys.argv[1:])
-heavy = {"torch", "torchvision", "matplotlib", "scipy", "pandas"} & sys.modules.keys()
-print("exit code", code, "imported", sorted(heavy))
-"""
-
-
-@pytest.mark.parametrize("kind", ["onnx static", "openvino dynamic"])
-def test_detection_imports_no_torch(kind: str, files, tmp_path: Path):
-    """Which would take most of the time until the first box."""
-    cv2.imwrite(str(tmp_path / "a.jpg"), np.full((60, 80, 3), 99, np.uint8))
-    arguments = ["--weights", files[kind], "--source", tmp_path / "a.jpg", "--project", tmp_path, "--save-txt", "--save-csv", "--save-crop"]
-    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    done = subprocess.run(command, cwd=Path(detect.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "exit code 0 imported []" and (tmp_path / "exp" / "a.jpg").is_file()
 
 
 @pytest.mark.parametrize("name", FLEXIBLE)
@@ -183,6 +159,41 @@ def test_a_file_without_names(tiny, tmp_path: Path):
     assert open_weights(str(path), "", "fp32", str(tmp_path / "my.yaml")).names == ("cat", "dog")
     with pytest.raises(UserError, match=r"of its 3 classes has images x boxes x 8: .*--data of other classes"):
         open_network(path, names=lambda: ["a", "b", "c"])(torch.rand(1, 3, 32, 32))
+
+
+class Final(nn.Module):
+    """Two boxes of one class, as another project's graph with suppression gives them: x1, y1, x2, y2, confidence, class number."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        boxes = torch.tensor([[[3.0, 4, 20, 30, 0.9, 0], [40, 4, 60, 30, 0.5, 0]]])
+        return boxes + 0 * images.mean()
+
+
+@pytest.mark.parametrize("told", [{}, {"end2end": "True"}, {"args": "{'batch': 1, 'nms': True}"}])
+def test_final_boxes_of_another_project(told: dict[str, str], tmp_path: Path):
+    to_onnx(Final(), torch.zeros(1, 3, 64, 64), tmp_path / "a.onnx", opset=17)
+    model = onnx.load(tmp_path / "a.onnx")
+    onnx.helper.set_model_props(model, {"names": "{0: 'cat'}", "stride": "32", "args": "{'nms': False}"} | told)
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=r"a\.onnx: holds final boxes, suppressed in another project's way: export it there without"):
+        open_network(tmp_path / "a.onnx")(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(("session", "callers", "own"), [
+    ("NcnnSession", 4, 2), ("TfliteSession", 4, 2), ("OnnxSession", 4, 5), ("TfliteSession", 1, 8)
+])  # fmt: skip
+def test_eight_cores_have_eight_threads(session: str, callers: int, own: int, tiny, tmp_path: Path):
+    """ONNX Runtime's callers share one pool; ncnn and LiteRT keep threads for each of theirs."""
+    if session == "TfliteSession":
+        pytest.importorskip("ai_edge_litert")
+        assert backends.TfliteSession(Path(__file__).with_name("tiny.tflite"), 8, callers)._threads == own
+    elif session == "OnnxSession":
+        path = without_metadata(tiny, tmp_path / "a.onnx")
+        assert backends.OnnxSession(path, 8, callers)._session.get_session_options().intra_op_num_threads == own
+    else:
+        pytest.importorskip("ncnn"), pytest.importorskip("pnnx")
+        FORMATS["ncnn"].write(ExportJob(tiny, ExportMetadata.of(tiny, (64, 64), dynamic=False, precision="fp32", source="a.pt")), tmp_path)
+        assert backends.NcnnSession(tmp_path / "a.ncnn.param", 8, callers)._net.opt.num_threads == own
 
 
 def test_names_beside_an_openvino_model(tiny, tmp_path: Path):

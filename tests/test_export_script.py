@@ -145,6 +145,8 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
     ("export", ["--include", "openvino", "--int8", "--data", "my.yaml"], r"--int8: .*quantize\.py .*tiny\.pt --data my\.yaml --to openvino"),
+    ("export", ["--include", "ncnn", "--int8", "--imgsz", "96", "--dynamic"],
+     r"--int8: there are no int8 ncnn files here, .*ARM too: .* --data my_set\.yaml --to onnx --imgsz 96 --dynamic"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
     ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"),
     ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx: is exported, perhaps int8 already: name the checkpoint"),

@@ -96,7 +96,7 @@ def test_what_is_printed(results, capsys):
 
 def test_attributes(results):
     assert (results.n, len(results), results.t, results.names, results.files) == (2, 2, (3, 20, 4), {0: "red", 1: "green"}, ["a.png", "image1.jpg"])
-    assert results.ims[0][0, 0].tolist() == [0, 0, 200] and results.pred is results.xyxy
+    assert results.ims[0][0, 0].tolist() == [0, 0, 200] and results.pred is results.xyxy and results.imgs is results.ims
     one, two = results.tolist()
     assert (one.n, one.files, two.n) == (1, ["a.png"], 1) and torch.equal(one.xyxy[0], results.xyxy[0]) and len(two.xyxy[0]) == 0
     nothing = HubResults([], NAMES)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
                 errno.ENAMETOOLONG}
+_REQUIRED = {"torch", "torchvision", "matplotlib", "pycocotools", "thop", "distutils"}  # what exported files do without, so that it may be missing
 _LONGEST = 2000  # characters of a message
 
 
@@ -60,7 +61,7 @@ def foreign_errors(what: str) -> Iterator[None]:
 
 
 def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """Make `main(argv)` return 2, with one line on stderr, for mistakes, unwritable folders, memory and Ctrl-C."""
+    """Make `main(argv)` return 2, with one line on stderr, for mistakes, missing packages, unwritable folders, memory and Ctrl-C."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +77,11 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
         except BrokenPipeError:  # `… | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "models", "utils"):
+                raise
+            line = f"needs {package}: pip install -r requirements.txt" if package in _REQUIRED else f"needs {package}: pip install {package}"
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise

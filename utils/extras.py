@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import ModuleType
 
 from utils.errors import UserError
@@ -15,7 +15,7 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def pip_install(packages: Sequence[str]) -> str | None:
+def pip_install(packages: Iterable[str]) -> str | None:
     """The command that brings those that are missing; None where all are there."""
     missing = [package for package in packages if not is_installed(package)]
     return f"pip install {' '.join(missing)}" if missing else None

@@ -38,6 +38,9 @@ _ELSEWHERE = {  # flags of the YOLO family that are not here, and what takes the
     "--keras": "leave it out: --include tflite writes TFLite files without TensorFlow",
     "--inplace": "leave it out: graphs written here change nothing in place",
     "--agnostic-nms": "boxes are suppressed within their class here; detect.py --agnostic-nms suppresses across classes",
+    "--verbose": "leave it out: what a tool has to say is shown where it fails",
+    "--train": "leave it out: exported networks are for inference",
+    "--per-tensor": "leave it out: int8 weights have a scale for each channel, as quantize.py writes them",
     "--topk-per-class": "--max-det says how many boxes are left",
     "--topk-all": "--max-det says how many boxes are left",
 }

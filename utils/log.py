@@ -5,9 +5,12 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+
+_laying_aside = threading.RLock()  # of two threads at once each would bring back what the other had put in its place
 
 
 def is_main_process() -> bool:
@@ -41,16 +44,17 @@ def silent_libraries() -> Iterator[None]:
 @contextmanager
 def no_output(descriptor: int) -> Iterator[None]:
     """Nothing on stdout (1) or stderr (2): what C libraries write past Python's own streams, and what others print."""
-    stream, redirect = {1: (sys.stdout, redirect_stdout), 2: (sys.stderr, redirect_stderr)}[descriptor]
-    stream.flush()
-    kept = os.dup(descriptor)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect(nowhere):
-            os.dup2(nowhere.fileno(), descriptor)
-            yield
-    finally:
+    with _laying_aside:
+        stream, redirect = {1: (sys.stdout, redirect_stdout), 2: (sys.stderr, redirect_stderr)}[descriptor]
         stream.flush()
-        with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        kept = os.dup(descriptor)
+        try:
+            with open(os.devnull, "w") as nowhere, redirect(nowhere):
+                os.dup2(nowhere.fileno(), descriptor)
+                yield
+        finally:
+            stream.flush()
+            with suppress(OSError, AttributeError, TypeError):  # no such library to be had: some lines may still show
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, descriptor)
+            os.close(kept)

@@ -24,9 +24,11 @@ from utils.data.scenes import render
 from utils.errors import UserError, first_line
 from utils.evaluate.validate import check_classes, validate
 from utils.export.backends import OPENVINO_SUFFIX, is_exported
+from utils.export.metadata import GraphNms
 from utils.files import ROOT, find_file, size_bytes, write_csv
 from utils.log import info, warn
 from utils.measure.timing import Latency, Timings, time_interleaved
+from utils.nms import VALIDATION, NmsOptions, non_max_suppression
 from utils.plots.formats import draw_formats
 from utils.runner import Runner
 
@@ -46,11 +48,14 @@ class OpenWeights(Protocol):
     device: torch.device
     dtype: torch.dtype
     description: str
+    nms: GraphNms | None
 
     @property
     def runner(self) -> Runner: ...
 
     def square_size(self, asked: int | None) -> int: ...
+
+    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None: ...
 
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]: ...
 
@@ -63,8 +68,10 @@ class FormatRow:
     """A file in one precision, and what is known of it.
 
     Attributes:
+        precision: that it computes in where it is told so; fp16 where its weights are, whatever the processor makes of them.
         start_s: from `detect.py`'s command for one image to its exit.
         problem: why something is missing; empty where all is known.
+        suppresses: boxes itself.
     """
 
     path: Path
@@ -75,10 +82,11 @@ class FormatRow:
     latency: Latency | None = None
     start_s: float | None = None
     problem: str = ""
+    suppresses: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.path.name} {self.precision}"
+        return f"{self.path.name} {self.precision}{' nms' * self.suppresses}"
 
     @property
     def mib(self) -> float:
@@ -134,11 +142,16 @@ class FormatComparison:
         self._report(timings)
 
     def _open(self, row: FormatRow, at_once: int | None = None) -> OpenWeights:
-        precision = "fp32" if row.precision == "int8" else row.precision
-        return self._open_weights(str(row.path), "cpu", precision, self.config.data, self.config.data_root, at_once)
+        weights = self._open_weights(str(row.path), "cpu", _asked(row), self.config.data, self.config.data_root, at_once)
+        stored = getattr(weights.network, "metadata", None)
+        if stored and (stored.precision, row.precision) == ("fp16", "fp32"):
+            row.precision = "fp16"
+        row.suppresses = weights.nms is not None
+        return weights
 
     def _score(self, row: FormatRow, split: Split) -> None:
         weights = self._open(row)
+        weights.tell_limits(VALIDATION.conf_thres, VALIDATION.iou_thres, VALIDATION.max_det)
         check_classes(weights.names, split.names, self.config.single_cls, str(row.path))
         imgsz = weights.square_size(self.imgsz)
         loader = val_loader(split, imgsz, _VAL_BATCH, weights.pad_stride, self.config.workers, weights.device)
@@ -151,19 +164,19 @@ class FormatComparison:
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "image.png"
             cv2.imwrite(str(picture), image)
-            seconds: dict[str, list[float]] = {row.name: [] for row in self.rows}
+            seconds: list[list[float]] = [[] for _ in self.rows]
             for _ in range(_STARTS):
-                for row in self.rows:
+                for row, taken in zip(self.rows, seconds, strict=True):
                     if not row.problem:
                         with _Noted(row):
-                            seconds[row.name].append(self._started(row, picture))
-        for row in self.rows:
-            if taken := seconds[row.name][1:]:
-                row.start_s = statistics.median(taken)
+                            taken.append(self._started(row, picture))
+        for row, taken in zip(self.rows, seconds, strict=True):
+            if taken[1:]:
+                row.start_s = statistics.median(taken[1:])
 
     def _started(self, row: FormatRow, picture: Path) -> float:
         flags = ["--weights", str(row.path), "--source", str(picture), "--project", str(picture.parent), "--device", "cpu",
-                 "--imgsz", str(self.imgsz), "--precision", "fp32" if row.precision == "int8" else row.precision]
+                 "--imgsz", str(self.imgsz), "--precision", _asked(row)]
         flags += [word for flag in ("data", "plugin") if (value := getattr(self.config, flag)) for word in (f"--{flag}", value)]
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], capture_output=True, text=True)
@@ -204,8 +217,14 @@ class FormatComparison:
             draw_formats(self.folder / "formats.png", [row.name for row in self.rows], bars, f"{self.weights.name} at {self.imgsz} px, {cpu_name()}")
 
 
+def _asked(row: FormatRow) -> str:
+    """What its runtime is to compute in."""
+    return "bf16" if row.precision == "bf16" else "fp32"
+
+
 def _one(runner: Runner, images: np.ndarray) -> Callable[[], object]:
-    return lambda: runner.run(images, 0.25)
+    options = NmsOptions()
+    return lambda: [non_max_suppression(boxes, options) for boxes in runner.run(images, options.conf_thres)]
 
 
 class _Noted:

@@ -49,6 +49,7 @@ class Frame(NamedTuple):
 
 
 Produce = Callable[[threading.Event], Iterator[Frame]]
+Miss = Callable[[str], None]
 
 
 class Source(Iterator[Frame]):
@@ -56,10 +57,15 @@ class Source(Iterator[Frame]):
 
     A file's frames come in order and complete; a live stream gives its latest frame and drops those that nobody asked for in time.
     What goes wrong in the thread is raised by the iteration.
+
+    Attributes:
+        live: a stream.
+        missed: files, or ends of files, that could not be read so far; a warning named each.
     """
 
     def __init__(self, produce: Produce, live: bool = False) -> None:
         self.live = live
+        self.missed = 0
         self._produce = produce
         self._stop = threading.Event()
         self._queue: queue.Queue[object] = queue.Queue(1 if live else _AHEAD)
@@ -89,6 +95,11 @@ class Source(Iterator[Frame]):
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._drop_one()  # a thread that waits for room goes on and sees the stop
             self._thread.join(0.02)
+
+    def miss(self, what: str) -> None:
+        """Tell of something that can't be read, while the rest goes on."""
+        self.missed += 1
+        warn(what)
 
     def _run(self) -> None:
         try:
@@ -136,10 +147,12 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
             raise UserError(f"{text}: a single image is not fetched from the network; download it and name the file")
         name = re.sub(r"//[^/]*@", "//", text)
         if suffix in VIDEO_SUFFIXES:
-            return Source(lambda stop: _far_video_frames(text, name, vid_stride, stop))
+            far = Source(lambda stop: _far_video_frames(text, name, vid_stride, stop, far.miss))
+            return far
         return Source(lambda stop: _stream_frames(text, name, vid_stride, stop), live=True)
     paths = _find_paths(text)
-    return Source(lambda stop: _file_frames(paths, text, vid_stride, stop))
+    source = Source(lambda stop: _file_frames(paths, text, vid_stride, stop, source.miss))
+    return source
 
 
 def is_url(text: str) -> bool:
@@ -208,12 +221,12 @@ def _read_list(path: Path) -> list[Path]:
     return paths
 
 
-def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
+def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.Event, miss: Miss) -> Iterator[Frame]:
     given = 0
     for path in paths:
         try:
             if path.suffix.lower() in VIDEO_SUFFIXES:
-                for frame in _video_frames(str(path), str(path), stride, stop):
+                for frame in _video_frames(str(path), str(path), stride, stop, miss):
                     yield frame
                     given += 1
             else:
@@ -222,19 +235,19 @@ def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.
         except ImageError as error:
             if len(paths) == 1:
                 raise UserError(str(error)) from None
-            warn(f"skipped {error}")
+            miss(f"skipped {error}")
     if not given:
         raise UserError(f"{text}: none of its {len(paths)} files can be read")
 
 
-def _far_video_frames(address: str, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
+def _far_video_frames(address: str, name: str, stride: int, stop: threading.Event, miss: Miss) -> Iterator[Frame]:
     try:
-        yield from _video_frames(address, name, stride, stop)
+        yield from _video_frames(address, name, stride, stop, miss)
     except ImageError as error:
         raise UserError(str(error)) from None
 
 
-def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
+def _video_frames(address: str, name: str, stride: int, stop: threading.Event, miss: Miss) -> Iterator[Frame]:
     count, expected = 0, 0
     if not is_text(address):
         raise ImageError(f"{name}: OpenCV reads no video whose name is not UTF-8: rename it")
@@ -248,7 +261,7 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event) -
     if not count:
         raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
     if count * stride < _NEARLY_ALL * expected:
-        warn(f"{name}: broken off after frame {count * stride} of {expected}")
+        miss(f"{name}: broken off after frame {count * stride} of {expected}")
 
 
 def _stream_frames(address: str | int, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:

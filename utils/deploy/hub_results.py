@@ -59,6 +59,11 @@ class HubResults:
         self.xyxy, self.xyxyn, self.xywh, self.xywhn = ([_tensor(form(r), r) for r in self.results] for form in _FORMS)
 
     @property
+    def imgs(self) -> list[np.ndarray]:
+        """`ims`, as earlier releases of YOLOv5 call them."""
+        return self.ims
+
+    @property
     def pred(self) -> list[Tensor]:
         """`xyxy`."""
         return self.xyxy

@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from utils.data.images import ImageError, pillow_to_bgr, read_image
 from utils.data.sources import is_url
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TO_BGR = {
     (1, False): cv2.COLOR_GRAY2BGR, (1, True): cv2.COLOR_GRAY2BGR, (3, True): cv2.COLOR_RGB2BGR,
@@ -53,7 +55,12 @@ def open_pictures(images: Any, rgb: bool = False) -> Iterator[Picture]:
 
 
 def _is_list(images: Any) -> bool:
-    return isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray | Tensor)
+    return isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray) and not _is_tensor(images)
+
+
+def _is_tensor(image: Any) -> bool:
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    return torch is not None and isinstance(image, torch.Tensor)
 
 
 def _pictures(image: Any, place: str, rgb: bool) -> Iterator[Picture]:
@@ -63,7 +70,7 @@ def _pictures(image: Any, place: str, rgb: bool) -> Iterator[Picture]:
         elif isinstance(image, Image.Image):
             path = getattr(image, "filename", "")
             yield Picture(path if isinstance(path, str) else "", pillow_to_bgr(image))
-        elif isinstance(image, Tensor):
+        elif _is_tensor(image):
             yield from (Picture("", pixels) for pixels in _from_array(_channels_last(image), True, "tensor"))
         elif isinstance(image, np.ndarray):
             yield from (Picture("", pixels) for pixels in _from_array(image, rgb, "array"))
@@ -87,15 +94,15 @@ def _channels_last(tensor: Tensor) -> np.ndarray:
     given = _described("tensor", tuple(tensor.shape), tensor.dtype)
     if tensor.dim() not in (3, 4) or tensor.shape[-3] not in (1, 3, 4):
         raise ImageError(f"{given}: tensors are (3, H, W), or a batch (B, 3, H, W), RGB")
-    if tensor.is_floating_point():
-        tensor = tensor.detach().float()
-        low, high = (float(v) for v in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+    array = (tensor.float() if tensor.is_floating_point() else tensor).movedim(-3, -1).numpy(force=True)
+    if array.dtype == np.float32:
+        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
             raise ImageError(f"{given}: its values go from {low:g} to {high:g}, where floats are 0 to 1: divide by 255, or give uint8")
-        tensor = (tensor.clamp(0, 1) * 255).round().to(torch.uint8)
-    elif tensor.dtype != torch.uint8:
+        return (array.clip(0, 1) * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
         raise ImageError(f"{given}: tensors are uint8, or float in 0..1")
-    return tensor.movedim(-3, -1).numpy(force=True)
+    return array
 
 
 def _from_array(array: np.ndarray, rgb: bool, kind: str) -> Iterator[np.ndarray]:

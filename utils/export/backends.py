@@ -12,7 +12,7 @@ import numpy as np
 from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError, short_reason
-from utils.export.metadata import KEY, foreign_facts, metadata_from_props
+from utils.export.metadata import KEY, foreign_facts, metadata_from_props, tells_final_boxes
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.export.tflite import TFLITE_SUFFIX, TfliteSession
@@ -21,7 +21,9 @@ from utils.files import ROOT, find_file, read_yaml
 
 _USUAL_STRIDE = 32  # of a network that doesn't tell
 OPENVINO_SUFFIX = "_openvino_model"
-_NO_NAMES = "its metadata tells no class names (key light_yolo, or YOLOv5's names): name them with --data, the YAML that it was trained on"
+_FINAL = "holds final boxes, suppressed in another project's way: export it there without (nms=False, end2end=False)"
+_NO_NAMES = ("its metadata tells no class names (key light_yolo, or YOLOv5's names): name them with --data, the YAML that it was trained on, and "
+             "with --imgsz its image size, if that is not 640 and the graph takes any")
 
 
 class ExportedNetwork:
@@ -55,6 +57,8 @@ class ExportedNetwork:
             self.names, self.max_stride = self.metadata.names, self.metadata.max_stride
         else:
             told, stride = foreign_facts(session.props)
+            if tells_final_boxes(session.props):
+                raise UserError(f"{path}: {_FINAL}")
             if not told and names is None:
                 raise UserError(f"{path}: {_NO_NAMES}")
             self.names, self.max_stride = told or tuple(names()), stride or _USUAL_STRIDE
@@ -116,6 +120,8 @@ class ExportedNetwork:
         except Exception as error:  # of a kernel: of any kind
             raise UserError(f"{self.path}: fails on images of {_size(images.shape[2:])} px: {short_reason(error)}") from None
         self._check_boxes(boxes.shape)
+        if not self.metadata and boxes.shape[2] == 6 and not boxes[..., 5].any():  # of one class, probabilities that are all 0: they are its number
+            raise UserError(f"{self.path}: {_FINAL}")
         return spread(boxes[:count], len(self.names)) if self.nms else boxes[:count]
 
     def _check_boxes(self, shape: Shape | None) -> None:

@@ -66,11 +66,16 @@ class Format:
     advice: str = ""
     elsewhere: str = ""
 
-    def missing(self) -> str | None:
-        """Which pip install it lacks, or why it is not written here; None where all is there."""
+    def missing(self, job: ExportJob | None = None) -> str | None:
+        """Which pip install it lacks, or why it is not written here; None where all is there.
+
+        Args:
+            job: what it is to write, which may need a package more.
+        """
         if self.elsewhere:
             return f"not written here: {self.elsewhere}"
-        command = pip_install(self.packages)
+        more = [] if job is None else ["onnx"] * bool(job.metadata.nms) + ["onnxslim"] * (job.simplify and self.name == "onnx")
+        command = pip_install(dict.fromkeys((*self.packages, *more)))
         return command and f"{command}{self.advice}"
 
 
@@ -131,6 +136,8 @@ _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here,
     "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
     **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
     "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",
+    "executorch": "export torchscript's checkpoint in ExecuTorch's own environment, which wants a PyTorch of its own; on phones tflite and ncnn run",
+    "mnn": "export onnx, and there MNNConvert -f ONNX --modelFile best.onnx --MNNModel best.mnn (pip install MNN)",
     "paddle": "export onnx, and convert that with X2Paddle, in an environment with PaddlePaddle",
 }
 

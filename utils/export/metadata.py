@@ -117,6 +117,12 @@ def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None
     return found, stride if _is_stride(stride) else None
 
 
+def tells_final_boxes(props: Mapping[str, str]) -> bool:
+    """Whether another project's file says that it suppresses boxes itself."""
+    arguments = _literal(props.get("args"))
+    return _literal(props.get("end2end")) is True or (isinstance(arguments, dict) and bool(arguments.get("nms")))
+
+
 def stamp_onnx(path: Path, metadata: ExportMetadata) -> None:
     """Write metadata into an ONNX file; what it says otherwise stays."""
     onnx = import_extra("onnx")

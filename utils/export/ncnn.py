@@ -31,7 +31,7 @@ def write_ncnn_metadata(folder: Path, metadata: ExportMetadata) -> None:
 
 
 class NcnnSession:
-    """An ncnn model on the CPU, one image at a time in its caller's thread; the threads left over beside `at_once` callers help whoever is running.
+    """An ncnn model on the CPU, one image at a time in its caller's thread, which has its share of the threads: ncnn keeps a team for each caller.
 
     Args:
         path: the .ncnn.param; weights and metadata.yaml lie beside it.
@@ -51,7 +51,7 @@ class NcnnSession:
         self.inputs, self.outputs = _shape(path, content), (None, None, None)
         self.dtype = np.dtype(np.float32)
         self._net = ncnn.Net()
-        self._net.opt.num_threads = max(threads - at_once + 1, 1)
+        self._net.opt.num_threads = max(threads // at_once, 1)
         if precision == "fp32":
             for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage"):
                 setattr(self._net.opt, option, False)

@@ -34,7 +34,7 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
     Raises:
         UserError: a package is missing, the network can't be converted, or the file finds other boxes: it is then kept under another name.
     """
-    if missing := kind.missing():
+    if missing := kind.missing(job):
         raise UserError(f"{kind.name}: {missing}")
     path, aside = (stem.with_name(f"{name}{kind.suffix}") for name in (stem.name, f"{stem.name}.mismatch"))
     start = time.perf_counter()

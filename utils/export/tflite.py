@@ -31,12 +31,12 @@ def stamp_tflite(path: Path, metadata: ExportMetadata) -> None:
 
 
 class TfliteSession:
-    """A TFLite file on the CPU, an interpreter for each calling thread; the threads left over beside `at_once` callers help whoever is running."""
+    """A TFLite file on the CPU, an interpreter, with its share of the threads, for each of `at_once` callers."""
 
     def __init__(self, path: Path, threads: int, at_once: int) -> None:
         litert = import_extra("ai_edge_litert")
         self._new = import_extra("ai_edge_litert.interpreter").Interpreter
-        self._path, self._threads, self._own = path, max(threads - at_once + 1, 1), threading.local()
+        self._path, self._threads, self._own = path, max(threads // at_once, 1), threading.local()
         self.props = _props(path)
         try:
             with no_output(2):  # it tells of its kernels, once a process

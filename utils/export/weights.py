@@ -1,6 +1,7 @@
 """An opened network with what those who feed it need to know, and the door for exported files, which needs no PyTorch."""
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from utils.config import DEFAULT_IMGSZ
 from utils.cpu import PrecisionName, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
-from utils.export.backends import open_network
+from utils.export.backends import is_exported, open_network
 from utils.export.metadata import GraphNms
 from utils.log import warn
 from utils.runner import Runner
+
+_NEEDS_TORCH = "needs PyTorch: pip install torch torchvision"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class OpenNetwork:
         """It, as detection wants it."""
         return self.network
 
+    def augmented(self) -> OpenNetwork:
+        """It with test-time augmentation.
+
+        Raises:
+            UserError: PyTorch is missing, which joins the looks.
+        """
+        raise UserError(f"augment: {_NEEDS_TORCH}")
+
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]:
         """(height, width) in whole strides: as asked, with one number for both; else as it was made for; else the usual one.
 
@@ -65,7 +76,7 @@ class OpenNetwork:
     def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None:
         """One line where its own suppression keeps fewer boxes than asked for."""
         if self.nms and (limits := self.nms.falls_short(conf_thres, iou_thres, max_det)):
-            warn(f"{self.path}: {limits}")
+            _warn_once(f"{self.path}: {limits}")
 
     def square_size(self, asked: int | None) -> int:
         """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
@@ -79,6 +90,12 @@ class OpenNetwork:
         return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
 
 
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Not again for each frame of a video."""
+    warn(line)
+
+
 def open_exported(
     weights: str, device: str, precision: PrecisionName, data: str = "", data_root: str = "", at_once: int | None = None
 ) -> OpenNetwork:
@@ -90,8 +107,10 @@ def open_exported(
         at_once: callers that will run images side by side, for which the runtime divides its threads; `images_at_once` where None.
 
     Raises:
-        UserError: no such file, not a whole one, or not for this device.
+        UserError: no such file, not an exported or not a whole one, or not for this device.
     """
+    if not is_exported(weights):
+        raise UserError(f"{weights}: a checkpoint {_NEEDS_TORCH}; export.py makes files of it that run without")
     check_cpu(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)
