@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison.run()
     info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} "
          f"--data {config.data or 'DATA.yaml'} --epochs 50{for_next(config)}")
+    if config.data:
+        info(f"    and then before, pruned and fine-tuned side by side: python compare.py --weights {config.weights} {folder / _PRUNED} "
+             f"runs/train/exp/weights/best.pt --data {config.data}{for_next(config)}")
     return 1 if comparison.failed else 0
 
 

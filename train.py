@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.fit import Training
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
-    from utils.training.qat import to_fine_tune
+    from utils.training.qat import QuantizationAware, to_fine_tune
     from utils.training.runs import create_folder, discarded_if_refused, new_run, resumed_run
     from utils.training.sparsity import Sparsity, build_sparsity
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = compute_dtype(config.precision, device)
         if len(set(world.gather(str(dtype)))) > 1:
             raise UserError("--precision auto: the GPUs are of unlike kinds: name a precision that all have, such as --precision fp32")
-        batch_size = fit_batch(model, config.batch_size, largest, device, world, len(train_split.images), dtype)
+        learner = QuantizationAware.with_any_range(model) if config.qat else model
+        batch_size = fit_batch(learner, config.batch_size, largest, device, world, len(train_split.images), dtype)
         config = dataclasses.replace(config, batch_size=batch_size)
         print_summary(model, config.imgsz, device, dtype)
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()

@@ -118,9 +118,11 @@ def test_slimming_says_what_it_can_reach():
     cost = macs_share(graph, equal_scores(graph))
     least = cost(make(0))
     assert least == pytest.approx((3 + 4 + 3 * 24 + 2 * 25) / (3 * 8 + 4 * 8 + 3 * 24 + 2 * 32))
-    check_reachable(make, cost, least, "--target-flops")
+    check_reachable(least, least, "--target-flops")
     with pytest.raises(UserError, match=rf"--target-flops 0.5: can't be reached: {math.ceil(1000 * least) / 1000:g} is the nearest"):
-        check_reachable(make, cost, 0.5, "--target-flops")
+        check_reachable(least, 0.5, "--target-flops")
+    with pytest.raises(UserError, match=r"can't be reached: 0\.72 is the nearest that can be .*, as measured now"):
+        check_reachable(0.69, 0.5, "--target-latency", 0.03)
 
 
 def test_a_group_stays_whole_if_some_of_its_channels_pass_no_norm():
@@ -228,7 +230,7 @@ def test_an_unreachable_budget_names_one_that_can_be_reached(yolov5n: tuple[Chan
     graph, _ = yolov5n
     make, cost = uniform(graph, Limits(0.3, 8)), macs_share(graph, equal_scores(graph))
     with pytest.raises(UserError, match=r"--target-flops 0.01: can't be reached: 0\.\d+ is the nearest that can be") as caught:
-        check_reachable(make, cost, 0.01, "--target-flops")
+        check_reachable(cost(make(0)), 0.01, "--target-flops")
     nearest = float(re.search(r"reached: (0\.\d+)", str(caught.value)).group(1))
-    check_reachable(make, cost, nearest, "--target-flops")
+    check_reachable(cost(make(0)), nearest, "--target-flops")
     assert nearest - 0.001 < cost(meet(make, cost, nearest)) <= nearest

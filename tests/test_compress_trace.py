@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from channels import Net, conv, graph_of
+from test_models_blocks import EXAMPLES
+from tiny import ANCHORS
 from torch import Tensor, nn
 from transplant import lived_in
 
@@ -206,6 +209,29 @@ def test_cut_equals_zeroed_light(name: str) -> None:
 def test_cut_equals_zeroed(path: Path) -> None:
     for seed in (1, 2):
         check(path.stem, seed)
+
+
+IN_OTHER_SIZES = {  # arguments that leave a map between others of a network, where those of test_models_blocks.py do not
+    "Bottleneck": [16], "BottleneckCSP": [16], "C3": [16], "C3Ghost": [16], "C3SPP": [16], "C3TR": [16], "C3x": [16], "SPP": [16, [5, 9, 13]],
+    "nn.AdaptiveAvgPool2d": [16], "nn.AdaptiveMaxPool2d": [16], "nn.BatchNorm2d": [], "nn.InstanceNorm2d": [], "SE": [0.25],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"Concat", "ADD", "nn.ReflectionPad2d", "nn.ReplicationPad2d", "nn.ZeroPad2d"}))
+def test_every_block_loses_channels(name: str, tmp_path: Path) -> None:
+    """Between convolutions whose channels are removed: what is left equals the whole with those zeroed."""
+    channels, args, _ = EXAMPLES[name]
+    args = IN_OTHER_SIZES.get(name, args)
+    rows: list[list] = [] if name in ("Focus", "GhostStem", "conv_bn_relu_maxpool", "MobileStem") else [[-1, 1, "Conv", [channels[0], 3, 2]]]
+    rows += [[-1, 1, name, args], [-1, 1, "Conv", [16, 3, 2]]]
+    rows += [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]]
+    last = len(rows) - 1
+    content = {"nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": ANCHORS, "backbone": rows,
+               "head": [[[last - 2, last - 1, last], 1, "Detect", ["nc", "anchors"]]]}
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(content))
+    torch.manual_seed(0)
+    model = lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2)))
+    check_model(check_model(model, 0), 1)
 
 
 @pytest.mark.parametrize("name", ["yolov5s-shuffle", "yolov5n-ghost"])

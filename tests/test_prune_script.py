@@ -1,8 +1,10 @@
 """prune.py: smaller weights that every other script takes, the search behind them, and what is refused in one line."""
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from channels import Net, conv, graph_of
 from tiny import NAMES, data_yaml, model_yaml, picture_split, tiny_model
 from torch import Tensor, nn
 from transplant import lived_in
@@ -29,17 +32,20 @@ from models.summary import count_gflops
 from models.yolo import DetectionModel, build_for_training, load_model
 from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
 from utils.compress.importance import l1
+from utils.compress.norms import reestimate_norms
 from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
-from utils.compress.pruning import _even, open_slices
+from utils.compress.pruning import Pruning, _even, open_slices
 from utils.compress.report import save_pruned
-from utils.config import PruneConfig
+from utils.config import PruneConfig, TrainConfig
 from utils.data.open import val_loader
 from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.files import ROOT, read_yaml
 from utils.hyp import Hyp, load_hyp
 from utils.measure.runtimes import RUNTIMES
+from utils.network import to_input
 from utils.training.loss import DetectionLoss
+from utils.training.sparsity import build_sparsity
 
 CPU = torch.device("cpu")
 FILES = sorted(ROOT.glob("models/**/*.yaml"))
@@ -83,7 +89,9 @@ def test_each_method_meets_the_budget(place: Path, method: str) -> None:
     assert 0.4 < count_gflops(left, 64) / count_gflops(load_model(str(place / "tiny.pt")), 64) <= 0.5
     assert {path.name for path in (place / "runs" / method).iterdir()} == {"pruned.pt", "pruned.yaml", "widths.csv", "comparison"}
     rows = list(csv.DictReader((place / "runs" / method / "widths.csv").open()))
-    widths = {row["layer"]: (int(row["channels before"]), int(row["channels after"])) for row in rows}
+    widths = {row["layer"]: (int(row["channels before"]), int(row["channels after"])) for row in rows if not row["kept"]}
+    whole = {row["layer"]: (row["channels before"], row["channels after"]) for row in rows if row["kept"] == "whole"}
+    assert whole == {f"5.m.{n}": ("21", "21") for n in range(len(whole))} != {}, "Detect's outputs"
     assert len(widths) == 5 and widths["2.conv"] == (16, left.model[2].conv.out_channels)
 
 
@@ -152,7 +160,7 @@ def test_without_a_search_nothing_is_scored_on(place: Path, tmp_path: Path, capf
 
 
 def test_slimming_from_training_to_what_is_left(place: Path) -> None:
-    training = ["--cfg", str(model_yaml(place, width=16)), "--data", str(place / "tiny_data.yaml"), "--imgsz", "64", "--epochs", "2",
+    training = ["--weights", str(place / "tiny.pt"), "--data", str(place / "tiny_data.yaml"), "--imgsz", "64", "--epochs", "2",
                 "--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--workers", "0", "--noplots", "--project", str(place / "train")]
     assert train.main([*training, "--name", "slim", "--slim", "0.05"]) == 0
     weights = place / "train" / "slim" / "weights" / "best.pt"
@@ -160,11 +168,72 @@ def test_slimming_from_training_to_what_is_left(place: Path) -> None:
     whole, left = load_model(str(weights)), load_model(str(place / "runs" / "slim" / "pruned.pt"))
     scales = [layer.bn.weight.abs() for layer in whole.model[:-1]]
     threshold = torch.cat(scales).sort().values[round(0.4 * 80)]
+    assert sum(len(layer.bn.weight) for layer in left.model[:-1]) < 60
     for own, layer in zip(scales, left.model[:-1], strict=True):
         count = int((own >= threshold).sum())
         assert max(2, count // 2 * 2) <= layer.conv.out_channels <= count + 1  # --round-to 2
         stay = own.topk(layer.conv.out_channels).indices.sort().values
         torch.testing.assert_close(layer.bn.weight.abs(), own[stay], rtol=1e-3, atol=1e-4)  # fp16
+
+
+@pytest.mark.parametrize(("method", "first"), [("eagleeye", 0), ("l1", 0), ("sfp", 1), ("fpgm", 2), ("slimming", 3)])
+def test_each_method_would_remove_another_filter(method: str, first: int) -> None:
+    """The least by L1, by L2, the nearest to all others, and the one of the smallest scale."""
+    net = Net(lambda n, x: n.b(n.norm(n.a(x))), a=conv(3, 4, bias=False), norm=nn.BatchNorm2d(4), b=conv(4, 2))
+    with torch.no_grad():
+        net.a.weight[:, :, 0, 0] = torch.tensor([[6.0, 0, 0], [2.5, 2.5, 2.5], [4, 4, 0.5], [5, 6, -3]])
+        net.norm.weight[:] = torch.tensor([1.0, 0.9, 0.8, 0.1])
+    graph = graph_of(net)
+    given = {"target_flops": 0.9, "data": "a.yaml"} if method == "eagleeye" else {"ratio": 0.25}
+    pruning = Pruning(PruneConfig(weights="a.pt", method=method, round_to=1, **given), net, graph, remove_channels, None, lambda keep: 1.0)
+    assert pruning.scores["a.weight"].argmin() == first
+    if method in ("sfp", "fpgm"):
+        soft = build_sparsity(TrainConfig(soft_prune=method, soft_ratio=0.25), graph, net).soft_pruning
+        soft(net, copy.deepcopy(net))
+        assert (net.a.weight.flatten(1).norm(dim=1) == 0).nonzero().flatten().tolist() == [first]
+
+
+def test_candidates_are_scored_with_norms_of_their_own_on_images_held_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def score(pruning: Pruning, model: DetectionModel) -> float:
+        seen.append((pruning, copy.deepcopy(model)))
+        return 0.1 * len(seen)
+
+    monkeypatch.setattr(Pruning, "score", score)
+    assert run(place, "--target-flops", "0.5", "--candidates", "6", "--name", "scored", "--noplots") == 0
+    assert len(seen) == 6 and len(list((place / "runs" / "scored" / "plans").iterdir())) == 5, "the five best"
+    for pruning, model in seen[:2]:
+        estimation, held = ({image.numpy().tobytes() for batch in batches for image in batch} for batches in (
+            pruning.slices.estimation, [batch.images for batch in pruning.slices.held_out]))
+        assert len(estimation) == len(held) == 10 and not estimation & held
+        by_hand = copy.deepcopy(model)
+        for norm in (m for m in by_hand.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        reestimate_norms(by_hand, (to_input(images, CPU) for images in pruning.slices.estimation))
+        assert same(by_hand, model), "the statistics are of the pruned network"
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--method", "l1", "--candidates", "50", "--ratio", "0.5"], "--candidates: is of eagleeye's search, and --method l1 tries nothing"),
+    (["--method", "fpgm", "--held-out", "4", "--ratio", "0.5"], "--held-out: is of eagleeye's search"),
+    (["--method", "l1", "--ratio", "0.05"], "--ratio 0.05: removes no channel: what stays is rounded to multiples of 2"),
+])
+def test_settings_that_would_do_nothing(flags: list[str], line: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(place, *flags, "--name", "nothing", "--noplots", data=False) == 2
+    assert line in capfd.readouterr().err and not (place / "runs" / "nothing").exists()
+
+
+def test_a_ratio_that_is_not_met_is_told(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--method", "l1", "--ratio", "0.97", "--name", "most", "--noplots", data=False) == 0
+    assert "--ratio 0.97: 0.88 of the channels go with this --min-ratio and --round-to" in capfd.readouterr().err
+
+
+def test_a_latency_that_cannot_be_reached(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("models.prune.latency_share", lambda *_: lambda keep: 0.8 + 0.2 * keep.mean())
+    for method in ("l1", "eagleeye"):
+        assert run(place, "--method", method, "--target-latency", "0.5", "--name", f"latency-{method}", "--noplots") == 2
+        assert re.search(r"--target-latency 0.5: can't be reached: 0\.8\d is the nearest .*, as measured now", capfd.readouterr().err)
 
 
 def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +251,7 @@ def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.Monkey
     assert run(place, *search, "--candidates", "2", "--exist-ok") == 0
     content = json.loads(file.read_text())
     assert before.items() <= content["measured"].items() and "latency of 0" in before
-    assert count > 2 and len(asked) == count + 1 + len(content["measured"]) - len(before)  # whether it can be reached, and what is new
+    assert count > 2 and len(asked) == count + len(content["measured"]) - len(before)  # what is new
     assert all(candidate["costs"]["flops"] <= content["measured"]["flops"] < 0.7 for candidate in content["candidates"])
 
 

@@ -104,6 +104,27 @@ def test_a_network_that_finds_nothing_proves_nothing(place: Path, tmp_path: Path
     assert "finds nothing on the val images" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
+def test_a_float_file_that_is_wrong_is_no_measure(place: Path, tmp_path: Path, capsys, monkeypatch):
+    needs("onnx")
+    (tmp_path / "best.pt").write_bytes((place / "best.pt").read_bytes())
+    scores = iter([0.5, 0.0, 0.0])  # PyTorch, float, int8: nothing lost against the float file
+    monkeypatch.setattr(quantization.Quantization, "score", lambda self, network: Scores(0.9, next(scores)))
+    assert quantize.main(flags(place, "onnx", weights=tmp_path / "best.pt")) == 2
+    assert "its onnx file has an mAP50-95 of 0.0000 before anything is rounded, where PyTorch has 0.5000" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_files_of_earlier_runs_are_told_of(place: Path, tmp_path: Path, capsys, monkeypatch):
+    needs("onnx")
+    (tmp_path / "best.pt").write_bytes((place / "best.pt").read_bytes())
+    for int8, code, other in ((0.5, 0, ""), (0.4, 1, "best_int8.onnx"), (0.5, 0, "best_int8.failed.onnx")):
+        scores = iter([0.5, 0.5, *[int8] * 9])
+        monkeypatch.setattr(quantization.Quantization, "score", lambda self, network, scores=scores: Scores(0.9, next(scores)))
+        assert quantize.main(flags(place, "onnx", weights=tmp_path / "best.pt")) == code
+        said = capsys.readouterr().err
+        assert (f"{tmp_path / other}: is of an earlier run" in said) == bool(other) and said.count("earlier run") == bool(other)
+
+
 def test_the_file_lies_beside_weights_that_are_found_beside_the_project(place: Path, tmp_path: Path, monkeypatch):
     needs("onnx")
     monkeypatch.setattr("utils.checkpoint.ROOT", place)

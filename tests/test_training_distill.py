@@ -1,6 +1,7 @@
 """Distillation: numbers worked by hand, what must hold of any teacher, and whole trainings with one."""
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import math
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_training_fit import assert_equal_runs, interrupt_at
-from tiny import ANCHORS, NAMES, tiny_model
+from tiny import ANCHORS, NAMES, model_yaml, tiny_model
 from torch import Tensor, nn
 
 import train
@@ -390,7 +392,10 @@ def test_train_with_a_teacher(
     monkeypatch.chdir(place)
     assert train.main([*flags, "--name", "plain"]) == 0
     capfd.readouterr()
+    resized, seen = Teacher._resized, []
+    monkeypatch.setattr(Teacher, "_resized", lambda self, images: seen.append(resized(self, images)) or seen[-1])
     assert train.main([*flags, "--name", "taught", "--teacher", "teacher.pt", "--distill-features", "0.5", "--teacher-imgsz", "96"]) == 0
+    assert {tuple(images.shape[2:]) for images in seen} == {(96, 96)}
     shown = capfd.readouterr()
     assert f"teacher: {teacher} (0.01 M parameters) at 96 px" in shown.out and "distill" in shown.err and "features" in shown.err
     plain, taught = rows(place / "runs" / "plain"), rows(place / "runs" / "taught")
@@ -404,6 +409,26 @@ def test_train_with_a_teacher(
     assert b.training["config"]["teacher"] == (teacher,), "found again from any folder"
     assert set(b.training["model"]) == set(a.training["model"]) and b.training["adapters"].keys() == {f"0.{n}.weight" for n in range(3)}
     plot_results(place / "runs" / "taught" / "results.csv", place / "results.png")
+
+
+def test_a_teacher_of_yolov5(place: Path, shared: Path, tmp_path: Path) -> None:
+    """Its own .pt file, with its 80 classes."""
+    names = load_checkpoint(shared / "weights" / "yolov5n.pt").names
+    data = yaml.safe_load((place / "tiny_data.yaml").read_text()) | {"names": list(names), "path": str(place)}
+    (tmp_path / "coco.yaml").write_text(yaml.safe_dump(data))
+    assert train.main(["--cfg", str(model_yaml(tmp_path)), "--teacher", str(shared / "weights" / "yolov5n.pt"), "--data", str(tmp_path / "coco.yaml"),
+                       "--imgsz", "64", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--noplots", "--noautoanchor",
+                       "--project", str(tmp_path / "runs")]) == 0
+    assert float(rows(tmp_path / "runs" / "exp")[0]["train/distill_loss"]) > 0
+
+
+def test_a_teacher_in_bf16(tmp_path: Path) -> None:
+    student, network = sighted(tmp_path), sighted(tmp_path, seed=1)
+    exact, low = (Teacher(copy.deepcopy(network), "t.pt", student, torch.device("cpu"), dtype)(some_images()) for dtype in (
+        torch.float32, torch.bfloat16))
+    for a, b in zip(exact.levels, low.levels, strict=True):
+        assert b.objectness.dtype == torch.float32 and not torch.equal(a.objectness, b.objectness)
+        torch.testing.assert_close(a.objectness, b.objectness, atol=0.05, rtol=0)
 
 
 def test_resumed_equals_uninterrupted(flags: list[str], place: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +452,7 @@ def test_resume_without_its_teacher(flags: list[str], place: Path, teacher: str,
     assert train.main([*flags, "--teacher", str(place / "lost.pt"), "--epochs", "1", "--name", "orphan"]) == 0
     (place / "lost.pt").unlink()
     message = error_of(["--resume", str(place / "runs" / "orphan" / "weights" / "last.pt"), "--epochs", "2"], capfd)
-    assert f"{place / 'lost.pt'}: no such teacher" in message
+    assert f"{place / 'lost.pt'}: no such weights file" in message
 
 
 def test_mistakes_are_one_line(flags: list[str], place: Path, teacher: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -441,8 +466,9 @@ def test_mistakes_are_one_line(flags: list[str], place: Path, teacher: str, capf
         (["--teacher", teacher, "--distill", "0"], "--distill 0: leaves nothing to learn"),
         (["--teacher", teacher, "--distill", "-1"], "--distill -1.0: must be 0 or more"),
         (["--teacher", teacher, "--teacher-imgsz", "8"], "--teacher-imgsz 8: must be between"),
-        (["--teacher", "nowhere.pt"], "nowhere.pt: no such teacher (weights are not downloaded)"),
-        (["--teacher", str(place / "text.pt")], "text.pt"),
+        (["--teacher", "nowhere.pt"], "nowhere.pt: no such weights file (weights are not downloaded)"),
+        (["--teacher", str(place / "text.pt")], "text.pt"), (["--teacher", str(place)], f"{place}: is a folder; name the weights file in it"),
+        (["--soft-ratio", "0.7"], "--soft-ratio: is the share of --soft-prune"),
         (["--teacher", teacher, foreign], "foreign.pt: knows the 3 classes cat, dog, cow, the data has the 2 classes red, green"),
     ]  # fmt: skip
     for extra, message in cases:

@@ -31,7 +31,9 @@ from utils.export.formats import ExportJob
 from utils.export.metadata import ExportMetadata
 from utils.files import ROOT
 from utils.hyp import Hyp
+from utils.training import fit
 from utils.training.loss import DetectionLoss
+from utils.training.memory import bytes_per_image
 from utils.training.qat import QuantizationAware
 from utils.training.runs import new_run
 from utils.training.state import unpack_rows
@@ -174,6 +176,29 @@ def test_a_run(place: Path, whole: Path):
     assert network.spec.fused and network.fused().state_dict().keys() == network.state_dict().keys()
 
 
+def test_a_run_trains_and_scores_what_int8_computes(place: Path, monkeypatch: pytest.MonkeyPatch):
+    trained, scored = [], []
+    forward, validated = QuantizationAware.forward, fit.validate
+    monkeypatch.setattr(QuantizationAware, "forward", lambda self, images: trained.append(len(self.ranges)) or forward(self, images))
+    monkeypatch.setattr(fit, "validate", lambda network, *args, **named: scored.append(network) or validated(network, *args, **named))
+    assert train.main(flags(place, "seen")) == 0
+    assert trained == [8] * 7, "what takes memory, then two epochs of three batches: eight layers rounded"
+    rounding = [[name for name, module in network.named_modules() if module._forward_pre_hooks] for network in scored]
+    assert len(scored) == 3 and all(len(names) == 8 for names in rounding), "after each epoch, and best.pt in the end"
+
+
+def test_memory_is_that_of_rounding(tmp_path: Path):
+    network = lived_in(DetectionModel(load_spec("yolov5n.yaml", 2))).folded()
+    plain, rounding = (bytes_per_image(model, SIDE, torch.device("cpu")) for model in (network, QuantizationAware.with_any_range(network)))
+    learner, kept = aware(network), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        learner.train()(torch.rand(2, 3, SIDE, SIDE))
+    saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    own = {p.data_ptr() for p in network.parameters()}
+    needed = sum(size for pointer, size in saved.items() if pointer not in own) / 2
+    assert rounding > 2 * plain and rounding > 0.9 * needed
+
+
 def test_what_the_flag_alone_does(place: Path):
     def config(**given: object):
         return new_run({"weights": str(place / "best.pt"), "qat": True, "data": str(place / "tiny_data.yaml"), **given}).config
@@ -264,12 +289,16 @@ def sqnr_db(reference: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - found).square().sum()))
 
 
-@pytest.mark.parametrize(("kind", "activation"), [("onnx", "nn.ReLU()"), ("openvino", "nn.ReLU()"), ("openvino", "nn.SiLU()")])
-def test_the_file_computes_what_training_saw(kind: str, activation: str, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "activation", "block"), [
+    ("onnx", "nn.ReLU()", "Conv"), ("openvino", "nn.ReLU()", "Conv"), ("openvino", "nn.SiLU()", "Conv"),
+    *((kind, "nn.ReLU()", block) for kind in ("onnx", "openvino") for block in ("DWConvblock", "Shuffle_Block", "DWConv")),
+])  # fmt: skip
+def test_the_file_computes_what_training_saw(kind: str, activation: str, block: str, tmp_path: Path):
     """Not only nearer to the rounded network than to the float one: it is that network. (In ONNX, SiLU's own steps are rounded besides.)"""
     if missing := int8_missing(kind):
         pytest.skip(missing)
     content = yaml.safe_load(model_yaml(tmp_path, width=16).read_text()) | {"activation": activation}
+    content["backbone"][3] = [-1, 1, block, [16, 2] if block == "Shuffle_Block" else [16, 3, 2]]
     (tmp_path / "net.yaml").write_text(yaml.safe_dump(content))
     torch.manual_seed(0)
     network = lively(DetectionModel(load_spec(tmp_path / "net.yaml", 2), NAMES)).folded().requires_grad_(False)
@@ -280,7 +309,7 @@ def test_the_file_computes_what_training_saw(kind: str, activation: str, tmp_pat
     files = Int8Files(ExportJob(network, metadata), int8_format(kind), images, tmp_path, ranges)
     file = torch.as_tensor(open_network(files.write(()))(pictures))
     exact, seen = (model.decode(model(pictures))[..., 4:] for model in (network, rounded(network, ranges)))
-    assert sqnr_db(exact, file[..., 4:]) < 50 and sqnr_db(seen, file[..., 4:]) > 60
+    assert sqnr_db(exact, file[..., 4:]) < 50 and sqnr_db(seen, file[..., 4:]) > (60 if block == "Conv" or kind == "openvino" else 48)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])

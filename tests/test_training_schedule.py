@@ -38,6 +38,7 @@ def test_warmup_lasts_three_epochs_and_at_least_a_hundred_steps() -> None:
     assert warmup_steps(HYP, 50) == 150
     assert warmup_steps(HYP, 10) == 100
     assert warmup_steps(Hyp(warmup_epochs=0), 50) == 0
+    assert (warmup_steps(Hyp(warmup_epochs=1), 13), warmup_steps(Hyp(warmup_epochs=1), 50)) == (33, 50)  # a short one is short on few images
 
 
 def test_settings_by_hand() -> None:

@@ -17,13 +17,17 @@ from models.spec import load_spec
 from models.yolo import DetectionModel, load_model
 from train import main
 from utils.checkpoint import load_checkpoint
+from utils.compress.graph import is_depthwise
 from utils.compress.importance import fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
 from utils.config import TrainConfig
 from utils.errors import UserError
+from utils.training.ema import ModelEma
 from utils.training.optim import freeze_rows
+from utils.training.schedule import StepSettings
 from utils.training.sparsity import GAMMA_BINS, Slimming, SoftPruning, build_sparsity
 from utils.training.state import TrainState
+from utils.training.stepper import Stepper
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
@@ -75,14 +79,21 @@ def test_zeroed_filters_can_go_without_a_trace(name, score):
     assert sum(p.numel() for p in left.parameters()) < 0.6 * sum(p.numel() for p in average.parameters())
 
 
-def test_gradients_find_zeroed_filters_again(tmp_path):
-    model = lived_in(tiny_model(tmp_path))
-    SoftPruning(channel_graph(model), model, l2, 0.5)(model, copy.deepcopy(model))
-    weight = model.model[0].conv.weight
-    zero = weight.detach().flatten(1).norm(dim=1) == 0
-    assert zero.sum() == len(weight) // 2
+@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5s-shuffle.yaml", "yolov5n-ghost.yaml", "yolov5n-ghostnet-0.5x.yaml", "yolov5s-lcnet.yaml"])
+def test_gradients_find_zeroed_filters_again(name):
+    torch.manual_seed(0)
+    model = lived_in(DetectionModel(load_spec(name, 2)))
+    graph = channel_graph(model)
+    SoftPruning(graph, model, l2, 0.5)(model, copy.deepcopy(model))
     sum(raw.square().sum() for raw in model.train()(torch.rand(2, 3, 64, 64))).backward()
-    assert (weight.grad.flatten(1).norm(dim=1)[zero] > 0).all()
+    parameters, zeroed, lost = dict(model.named_parameters()), 0, 0
+    for layer in graph.layers:
+        if not is_depthwise(layer):
+            filters, gradients = (t.detach().movedim(layer.out_dim, 0).flatten(1).norm(dim=1) for t in (
+                parameters[layer.weight], parameters[layer.weight].grad))
+            zeroed += int((filters == 0).sum())
+            lost += int(((filters == 0) & (gradients == 0)).sum())
+    assert zeroed > 500 and lost < 0.02 * zeroed, f"{lost} of {zeroed} are dead"
 
 
 def test_frozen_filters_are_left_alone(tmp_path):
@@ -101,10 +112,12 @@ def test_what_passes_through_a_frozen_layer_is_left_alone():
         return n.d(n.c(n.norm(n.depthwise(n.a(x)))) + n.b(x))
 
     for frozen in ("depthwise", "norm"):
-        net = Net(forward, a=conv(3, 4), depthwise=conv(4, 4, 3, groups=4), norm=nn.BatchNorm2d(4), c=conv(4, 6), b=conv(3, 6), d=conv(6, 2))
+        net = Net(forward, a=conv(3, 4), depthwise=conv(4, 4, 3, groups=4, bias=False), norm=nn.BatchNorm2d(4), c=conv(4, 6),
+                  b=conv(3, 6), d=conv(6, 2))
         net.get_submodule(frozen).requires_grad_(False)
         soft = SoftPruning(graph_of(net), net, l2, 0.5)
-        assert soft.plan == {"a.weight": 4, "c.weight": 3} and soft.groups == ["c.weight"]
+        blocked = frozen == "norm"  # a depthwise filter passes gradients on, frozen or not
+        assert soft.plan == {"a.weight": 4 if blocked else 2, "c.weight": 3}
 
 
 @pytest.mark.parametrize(("settings", "line"), [
@@ -117,6 +130,13 @@ def test_nothing_to_work_on(settings, line):
         build_sparsity(settings, graph_of(net), net)
 
 
+def test_filters_are_zeroed_after_each_epoch(tmp_path):
+    assert main([*train_flags(tmp_path), "--soft-prune", "sfp", "--epochs", "3", "--save-period", "1"]) == 0
+    for epoch in (1, 2, 3):
+        weight = load_model(str(tmp_path / f"runs/exp/weights/epoch{epoch}.pt")).model[0].conv.weight
+        assert (weight.flatten(1).norm(dim=1) == 0).sum() == len(weight) // 2
+
+
 @pytest.mark.parametrize("flags", [["--slim", "0.01"], ["--soft-prune", "sfp"], ["--soft-prune", "fpgm", "--soft-ratio", "0.3"]])
 def test_training(tmp_path, flags):
     assert main([*train_flags(tmp_path), *flags]) == 0
@@ -125,6 +145,27 @@ def test_training(tmp_path, flags):
     norms = load_model(str(tmp_path / "runs/exp/weights/last.pt")).model[0].conv.weight.flatten(1).norm(dim=1)
     zeros = {"--slim": 0, "--soft-prune": round(len(norms) * (0.3 if "0.3" in flags else 0.5))}
     assert (norms == 0).sum() == zeros[flags[0]]
+
+
+def test_slimming_makes_scales_smaller(tmp_path):
+    sizes = {}
+    for strength in ("0", "0.3"):
+        (tmp_path / strength).mkdir()
+        assert main([*train_flags(tmp_path / strength), "--slim", strength]) == 0
+        network = load_model(str(tmp_path / strength / "runs/exp/weights/last.pt"))
+        sizes[strength] = torch.cat([scale.detach().abs() for scale in scales(network)])
+    assert (sizes["0.3"] < sizes["0"]).all()
+
+
+def test_the_penalty_comes_once_gradients_are_unscaled():
+    """Before, it would be divided by the scale, which is in the thousands."""
+    layer, seen = nn.Linear(2, 1, bias=False), []
+    stepper = Stepper(layer, torch.optim.SGD(layer.parameters(), 0.1), ModelEma(layer), torch.device("cpu"), torch.float16,
+                      lambda images: seen.append((images, layer.weight.grad.clone())))
+    stepper.backward(layer(torch.tensor([[1.0, 2.0]])).sum(), StepSettings(0.1, 0.1, 0.0, 1), 3)
+    ((images, gradient),) = seen
+    assert stepper.scaler.is_enabled() and images == 3
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 2.0]]))
 
 
 def test_the_scales_are_drawn(tmp_path):

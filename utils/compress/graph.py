@@ -25,6 +25,7 @@ class ChannelGraph:
     Attributes:
         groups: every removable channel is in one of them.
         kept_whole: module -> the operation in it that can't do with fewer channels.
+        whole: key of the weights of a layer that keeps all its outputs -> how many these are.
         norms: keys of the scales of norms.
     """
 
@@ -37,6 +38,10 @@ class ChannelGraph:
         # Weights of one dimension that are no layer's belong to norms.
         self.norms = [key for key, dims in self.uses.items() if key.endswith(".weight") and len(dims) == 1]
         self.everything = np.ones(self.count, bool)
+        # Key of the weights -> its outputs, of layers that lose none: an output, something that needs every channel, or a layer of an unknown kind.
+        self.whole = {layer.weight: len(layer.outputs) for layer in self.layers if (layer.outputs == KEPT).all()}
+        self.whole |= {key: shape[0] for key, shape in self.shapes.items()
+                       if len(shape) > 1 and key.endswith("weight") and key not in self.by_weight and key not in self.norms}
 
     def keep(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """A choice from what each group keeps: name -> (n,) bool; groups that are not named keep all."""
@@ -52,7 +57,7 @@ class ChannelGraph:
         total = sum(int(keep[channels].sum()) * work for channels, work in self.each)
         for layer in self.layers:
             c1, c2 = int(keep[layer.inputs].sum()), int(keep[layer.outputs].sum())
-            total += c2 * layer.work * (1 if _is_depthwise(layer) else c1 // layer.groups)
+            total += c2 * layer.work * (1 if is_depthwise(layer) else c1 // layer.groups)
         return total
 
     def parameters(self, keep: np.ndarray, trained: Sequence[str]) -> int:
@@ -96,7 +101,7 @@ class ChannelGraph:
         return widths
 
 
-def _is_depthwise(layer: Layer) -> bool:
+def is_depthwise(layer: Layer) -> bool:
     return layer.groups > 1 and layer.groups == len(layer.inputs)
 
 
@@ -105,7 +110,7 @@ def _groups(layers: Sequence[Layer]) -> list[Group]:
     group_of: dict[int, int] = {}  # channel -> the first layer of its group
     members: dict[int, list[int]] = {}
     for n, layer in enumerate(layers):
-        made = [] if _is_depthwise(layer) else [c for c in dict.fromkeys(layer.outputs.tolist()) if c != KEPT]
+        made = [] if is_depthwise(layer) else [c for c in dict.fromkeys(layer.outputs.tolist()) if c != KEPT]
         if not made:
             continue
         merged = sorted({group_of[c] for c in made if c in group_of})

@@ -98,16 +98,21 @@ def _first(graph: ChannelGraph, plan: Plan, ranks: np.ndarray) -> np.ndarray:
     return keep
 
 
-def check_reachable(make: Maker, cost: Cost, target: float, what: str) -> None:
+def check_reachable(least: float, target: float, what: str, noise: float = 0.0) -> None:
     """Refuse a budget that no plan meets.
+
+    Args:
+        least: what the least plan costs.
+        noise: share by which the same may cost another time, as of what is measured.
 
     Raises:
         UserError: even the least plan costs more; the line says how much.
     """
-    least = cost(make(0.0))
     if least > target:
-        raise UserError(f"{what} {target:g}: can't be reached: {math.ceil(least * 1000) / 1000:g} is the nearest that can be with this --min-ratio "
-                        "and --round-to")
+        digits = 100 if noise else 1000
+        nearest = math.ceil(least * (1 + noise) * digits) / digits
+        raise UserError(f"{what} {target:g}: can't be reached: {nearest:g} is the nearest that can be with this --min-ratio and --round-to"
+                        f"{', as measured now' if noise else ''}")
 
 
 def meet(make: Maker, cost: Cost, target: float) -> Plan:

@@ -44,6 +44,8 @@ from utils.network import to_input
 _IMPORTANCE = {"eagleeye": l1, "l1": l1, "fpgm": fpgm, "sfp": l2, "slimming": gamma}
 _BATCH = 16
 _PLANS = 5  # of a search's best that are kept
+_LATENCY_NOISE = 0.03
+_RATIO_MAY_DIFFER = 0.05
 
 
 def check_settings(config: PruneConfig) -> None:
@@ -56,6 +58,10 @@ def check_settings(config: PruneConfig) -> None:
     if len(given) != 1:
         also = " and ".join(f"--{flag.replace('_', '-')}" for flag in given)
         raise UserError(f"say how far to go by one flag, {f'not by {also}' if given else 'such as --target-flops 0.5 or --ratio 0.3'}")
+    if config.method != "eagleeye":
+        for name in ("candidates", "held_out"):
+            if getattr(config, name) != getattr(PruneConfig, name):
+                raise UserError(f"--{name.replace('_', '-')}: is of eagleeye's search, and --method {config.method} tries nothing: leave it out")
     if _searches(config):
         if config.ratio:
             raise UserError("--ratio says nothing to --method eagleeye, which tries plans of one budget: give --target-flops, or --method l1")
@@ -164,7 +170,25 @@ class Pruning:
                             "try --method l1")
         if not config.plan and not config.ratio:
             kind, target = self._budget()
-            check_reachable(self._make, self.costs[kind], target, f"--target-{kind}")
+            if kind != "latency":
+                check_reachable(self.costs[kind](self._make(0.0)), target, f"--target-{kind}")
+            elif not _searches(config):  # a search measures it once
+                self._check_latency(self.costs[kind](self._make(0.0)), target)
+        if config.ratio:
+            self._check_ratio(self._make(1 - config.ratio))
+
+    def _check_latency(self, least: float, target: float) -> None:
+        check_reachable(least, target, "--target-latency", _LATENCY_NOISE)
+
+    def _check_ratio(self, plan: Plan) -> None:
+        total = sum(len(group.channels) for group in self.graph.groups)
+        gone, asked = 1 - sum(plan.values()) / total, self.config.ratio
+        if not gone:
+            equal = " or the batch norms' scales are equal" if self.config.method == "slimming" else ""
+            raise UserError(f"--ratio {asked:g}: removes no channel: what stays is rounded to multiples of {self.limits.round_to}{equal}: give a "
+                            "larger one, or a smaller --round-to")
+        if abs(gone - asked) > _RATIO_MAY_DIFFER:
+            warn(f"--ratio {asked:g}: {gone:.2f} of the channels go with this --min-ratio and --round-to")
 
     def _by_importance(self) -> Plan:
         if self.config.ratio:
@@ -188,7 +212,9 @@ class Pruning:
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
         latency = target if kind == "latency" else None
-        if latency:  # too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it
+        if latency:
+            self._check_latency(search.measure_once("least latency", lambda: self.costs["latency"](self._make(0.0))), latency)
+            # Too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it.
             kind, target = "flops", search.measure_once("flops", lambda: self.costs["flops"](self._within(self._make, "latency", latency)))
 
         def draw(number: int) -> tuple[Plan, dict[str, float]]:

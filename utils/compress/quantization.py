@@ -34,6 +34,7 @@ from utils.plots.sensitivity import draw_sensitivities
 _CPU = torch.device("cpu")
 _SENSITIVITY_IMAGES = 8
 _ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
+_FLOAT_MAY_LOSE = 0.01  # of mAP50-95: a float file computes what PyTorch computes
 
 
 class Row(NamedTuple):
@@ -77,6 +78,10 @@ class Quantization:
         with TemporaryDirectory() as folder:
             files = Int8Files(self.job, self.kind, self.images, Path(folder), self._ranges())
             reference = self.score(open_network(files.float_path))
+            if reference.map < pytorch.map - _FLOAT_MAY_LOSE:
+                raise UserError(f"{self.weights}: its {self.kind.name} file has an mAP50-95 of {reference.map:.4f} before anything is rounded, where "
+                                f"PyTorch has {pytorch.map:.4f}: python export.py --weights {self.weights} --include {self.kind.name} shows "
+                                "how they differ")
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})
@@ -84,8 +89,11 @@ class Quantization:
                     Row("int8", best.scores, size_bytes(made))]
             info(table(rows, self.kind.name, timings))
             reached = best.drop <= config.max_drop
-            path = stem.with_name(f"{stem.name}_int8{'' if reached else '.failed'}{self.kind.suffix}")
+            good, failed = (stem.with_name(f"{stem.name}_int8{ending}{self.kind.suffix}") for ending in ("", ".failed"))
+            path, other = (good, failed) if reached else (failed, good)
             put(made, path, self.kind)
+            if other.exists():
+                warn(f"{other}: is of an earlier run: not of these weights, or not of these settings")
         if config.sensitivity:
             self._draw(stem, best)
         self._conclude(best, path, reached, f"{max(map(len, files.path_of))} of {len(files.layers)} layers")

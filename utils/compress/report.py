@@ -26,15 +26,16 @@ def report(pruning: Pruning, plan: Plan, folder: Path) -> None:
     """widths.csv, the pictures, and the names of what stays whole."""
     graph = pruning.graph
     layers = [(_short(group.name), len(group.channels), plan[group.name]) for group in graph.groups]
-    write_csv(folder / "widths.csv", ("layer", "layers that share its channels", "channels before", "channels after"),
-              ((name, " ".join(map(_short, group.layers[1:])), before, after)
-               for (name, before, after), group in zip(layers, graph.groups, strict=True)))
+    shared = [" ".join(map(_short, group.layers[1:])) for group in graph.groups]
+    rows = [(name, others, before, after, "") for (name, before, after), others in zip(layers, shared, strict=True)]
+    rows += [(_short(key), "", outputs, outputs, "whole") for key, outputs in graph.whole.items()]
+    write_csv(folder / "widths.csv", ("layer", "layers that share its channels", "channels before", "channels after", "kept"), rows)
     shares = ", ".join(f"{100 * pruning.costs[name](plan):.1f} % of the {name}" for name in ("flops", "params"))
     before, after = sum(n for _, n, _ in layers), sum(n for *_, n in layers)
     info(f"{after} of {before} channels in {len(layers)} groups of layers stay: {shares}")
     if graph.kept_whole:
         whole = ", ".join(f"{module.removeprefix('model.')} ({operation})" for module, operation in graph.kept_whole.items())
-        info(f"kept whole, as what these layers do needs every channel that they see: {whole}")
+        info(f"kept whole, as what these layers do needs every channel that they see: {whole}; widths.csv names every layer that is whole")
     if not pruning.config.noplots:
         draw_widths(folder / "widths.png", layers, f"{pruning.config.weights} by {pruning.config.method}: {shares}")
         if pruning.candidates:

@@ -4,10 +4,11 @@ The network is the fused one: its norms are folded for good, as they are in the 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -63,10 +64,11 @@ class QuantizationAware(nn.Module):
     Ranges of what layers read are the extremes on the images that quantize.py calibrates on, measured on the averaged network: those of the file.
     """
 
-    def __init__(self, network: nn.Module, images: CalibrationImages) -> None:
+    def __init__(self, network: nn.Module, images: Iterable[np.ndarray]) -> None:
         """
         Args:
             network: fused; what is left of its norms stays as it is.
+            images: to calibrate on, (1, 3, H, W) float in 0..1 each.
         """
         super().__init__()
         self.network, self._images = network, images
@@ -83,6 +85,14 @@ class QuantizationAware(nn.Module):
         info(f"--qat: weights by channel and what {len(weighted_layers(network))} layers read are rounded to 8 bits as in int8 files, ranges from "
              f"{len(images)} training images; batch norms are folded; {config.epochs} epochs")
         return cls(network, images)
+
+    @classmethod
+    def with_any_range(cls, network: nn.Module) -> QuantizationAware:
+        """Not calibrated, but rounding as if it were: to measure what a step takes."""
+        learner = cls(network, ())
+        device = next(network.parameters()).device
+        learner.ranges = {name: Range(*torch.tensor((-1.0, 1.0), device=device)) for name in weighted_layers(network)}
+        return learner
 
     @property
     def head(self) -> nn.Module:

@@ -14,7 +14,7 @@ from utils.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from utils.config import TrainConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
-from utils.files import ROOT, find_file, new_run_dir, write_yaml
+from utils.files import new_run_dir, write_yaml
 from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.log import info
 from utils.training.qat import fine_tuning
@@ -44,7 +44,7 @@ def new_run(given: dict[str, Any]) -> Run:
     """
     given = fine_tuning(given) if given.get("qat") else _after_pruning(given)
     config = TrainConfig(**given)
-    _check_teacher(config, given)
+    _check_partners(config, given)
     if config.rect and config.image_weights:
         raise UserError("--rect keeps its batches together, and --image-weights draws images one by one: leave one of them out")
     paths: dict[str, Any] = {"data": str(find_data_yaml(config.data))}
@@ -66,17 +66,20 @@ def _after_pruning(given: dict[str, Any]) -> dict[str, Any]:
     return suited | given
 
 
-def _check_teacher(config: TrainConfig, given: dict[str, Any]) -> None:
+def _check_partners(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Refuse what says nothing without another flag."""
     for name in ("distill", "distill_features", "teacher_imgsz"):
         if name in given and not config.teacher:
             raise UserError(f"--{name.replace('_', '-')}: needs a teacher: name a trained network, --teacher runs/train/exp/weights/best.pt")
+    if "soft_ratio" in given and not config.soft_prune:
+        raise UserError("--soft-ratio: is the share of --soft-prune: give that too, sfp or fpgm")
     if config.teacher and not config.distill and not config.distill_features:
         raise UserError("--distill 0: leaves nothing to learn from --teacher: give --distill-features a gain above 0, or leave out --teacher")
 
 
 def _find_teachers(config: TrainConfig) -> tuple[str, ...]:
     """Absolute; raises the one line on a file that is not, or no longer, there."""
-    return tuple(os.path.abspath(find_file(path, [ROOT], "teacher (weights are not downloaded)")) for path in config.teacher)
+    return tuple(os.path.abspath(find_checkpoint(path)) for path in config.teacher)
 
 
 def _newest_last(project: str) -> Path:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from utils.hyp import Hyp
 
 NOMINAL_BATCH = 64  # the batch that the learning rate is tuned for
-_MIN_WARMUP_STEPS = 100
+_MIN_WARMUP_STEPS = 100  # of the usual three epochs' warm-up; a shorter one's are as many fewer, or it would not be short on few images
+_USUAL_WARMUP_EPOCHS = 3
 
 
 def progress(epoch: int, epochs: int, seconds: float, limit_s: float) -> float:
@@ -22,7 +23,7 @@ def decay(progress: float, last: float, cosine: bool) -> float:
 
 
 def warmup_steps(hyp: Hyp, steps_per_epoch: int) -> int:
-    return max(round(hyp.warmup_epochs * steps_per_epoch), _MIN_WARMUP_STEPS) if hyp.warmup_epochs else 0
+    return round(max(hyp.warmup_epochs * steps_per_epoch, _MIN_WARMUP_STEPS * min(hyp.warmup_epochs / _USUAL_WARMUP_EPOCHS, 1)))
 
 
 class StepSettings(NamedTuple):

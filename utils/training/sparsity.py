@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.compress.graph import ChannelGraph
+from utils.compress.graph import ChannelGraph, is_depthwise
 from utils.compress.importance import Scores, fpgm, l2
 from utils.compress.plan import Limits, best_of, uniform
 from utils.compress.trace import KEPT
@@ -17,6 +17,7 @@ from utils.errors import UserError
 
 GAMMA_BINS = np.linspace(0, 2, 41)  # of the histogram of batch-norm scales
 _NEAR_ZERO = 0.01
+_TRACE = 1e-6  # more than fp16's least
 
 
 class Slimming:
@@ -72,21 +73,22 @@ class SoftPruning:
     def __call__(self, model: nn.Module, average: nn.Module) -> None:
         """Zero the filters that are weakest in `model`, there and in its averaged copy.
 
-        Their channels then are exactly zero. Norms keep their scales: through them gradients find the filters again.
+        In the average their channels then are exactly zero. Norms keep their scales, and what only passes a channel on (a depthwise filter) its
+        weights: through them gradients find the filters again. In `model` a bias or shift is a trace above zero, as ReLU passes no gradient at zero.
         """
         weights = model.state_dict()
         keep = best_of(self.graph, self.plan, self.score(self.graph, weights))
-        for tensors in (weights, average.state_dict()):
+        for tensors, shift in ((weights, _TRACE), (average.state_dict(), 0.0)):
             for key, dim in self._zeroed.items():
                 gone = torch.from_numpy(np.flatnonzero(~keep[self.graph.uses[key][dim]]))
-                tensors[key].index_fill_(dim, gone.to(tensors[key].device), 0)
+                tensors[key].index_fill_(dim, gone.to(tensors[key].device), shift if key.endswith(".bias") else 0.0)
 
 
 def _zeroed(graph: ChannelGraph) -> Iterator[tuple[str, int]]:
-    """Tensors that are zeroed where a channel is, and along which dimension: filters, shifts and means."""
+    """Tensors that are zeroed where a channel is, and along which dimension: filters that make one, shifts and means."""
     for key, dims in graph.uses.items():
         layer = graph.by_weight.get(key)
-        if dims and (layer or key.endswith((".bias", ".running_mean"))):
+        if dims and (key.endswith((".bias", ".running_mean")) if layer is None else not is_depthwise(layer)):
             yield key, layer.out_dim if layer and dims[layer.out_dim] is not None else 0
 
 
