@@ -5,14 +5,16 @@ import copy
 import json
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from utils.errors import error_lines
 from utils.export.metadata import CONFIG, KEY, ExportMetadata
@@ -91,7 +93,7 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
     """
     with TemporaryDirectory() as folder:
         traced, places = Path(folder) / "network.pt", {"ncnnparam": param.resolve(), "ncnnbin": weights.resolve()}
-        with quiet(), _plain_attention():
+        with quiet(), _plain_attention(), _SelectByConvolution():
             trace(_channels_first(network), images.contiguous()).save(str(traced))
         shape = ",".join(map(str, images.shape))
         command = [import_extra("pnnx").EXEC_PATH, traced.name, f"inputshape=[{shape}]f32", f"fp16={int(half)}",
@@ -102,6 +104,19 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
     layers = {line.split()[0] for line in param.read_text(encoding="utf-8").splitlines()[2:] if line.strip()}
     if foreign := sorted(layer for layer in layers if "." in layer or "::" in layer):
         raise RuntimeError(f"ncnn has no layer for {', '.join(foreign)}")
+
+
+class _SelectByConvolution(TorchFunctionMode):
+    """ncnn has no layer that picks channels, as the shuffle of a pruned ShuffleNet does: a convolution by ones and zeros gives the same numbers."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.index_select and args[1] == 1 and args[0].dim() == 3:
+            x, _, order = args
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the order, which is to become a constant
+                ones = np.eye(x.shape[1], dtype=np.float32)[order.numpy()]  # (channels out, channels in)
+            return torch.conv1d(x, torch.from_numpy(ones)[..., None])
+        return func(*args, **(kwargs or {}))
 
 
 def to_tflite(network: nn.Module, images: Tensor, path: Path, *, half: bool = False) -> None:
