@@ -84,6 +84,15 @@ def test_the_reference_says_whether_the_machine_was_noisy(swing: float, noisy: b
     assert timings.remark.startswith("noisy: the reference convolution itself varied by 40%") if noisy else timings.remark == ""
 
 
+def test_steady_workloads_are_believed_whatever_the_reference_does():
+    def reference(call: int) -> float:
+        return 1 + call % 2
+
+    assert Machine().time({"a": 1.0, "b": 2.0, "c": lambda call: 1.0 + call % 2}, reference=reference).remark == ""
+    assert Machine().time({"a": 1.0, "b": lambda call: 1.0 + call % 2, "c": lambda call: 1.0 + call % 2}, reference=reference).noisy
+    assert not Machine().time({"a": lambda call: 1.0 + call % 2}, reference=1.0).noisy, "a network may vary by itself"
+
+
 @pytest.mark.parametrize(("budget_s", "rounds"), [(0, 3), (49, 3), (60, 4), (69.9, 4), (70, 5), (1000, 20)])
 def test_the_budget_ends_the_rounds_but_not_before_three(budget_s: float, rounds: int):
     """A round takes 10 s, the warm-up 20."""
