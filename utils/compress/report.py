@@ -39,7 +39,7 @@ def report(pruning: Pruning, plan: Plan, folder: Path) -> None:
     if not pruning.config.noplots:
         draw_widths(folder / "widths.png", layers, f"{pruning.config.weights} by {pruning.config.method}: {shares}")
         if pruning.candidates:
-            points = [(candidate.costs["flops"], candidate.score) for candidate in pruning.candidates]
+            points = [(candidate.costs["flops"], candidate.costs["params"], candidate.score) for candidate in pruning.candidates]
             draw_candidates(folder / "candidates.png", points, f"{len(points)} candidates of {pruning.config.weights}")
 
 

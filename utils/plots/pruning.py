@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.plots.figures import FAINT, INK, class_color, new_figure, plain, rows_downwards, save_figure, tidy
 
 _INCHES = 0.17  # a layer
+_LEAST_SPAN = 2.0  # % of the FLOPs
 
 
 def draw_widths(path: Path, layers: Sequence[tuple[str, int, int]], title: str) -> None:
@@ -26,17 +27,23 @@ def draw_widths(path: Path, layers: Sequence[tuple[str, int, int]], title: str) 
     save_figure(figure, path)
 
 
-def draw_candidates(path: Path, points: Sequence[tuple[float, float]], title: str) -> None:
-    """A point for each candidate, the best one marked.
+def draw_candidates(path: Path, points: Sequence[tuple[float, float, float]], title: str) -> None:
+    """A point for each candidate, against the FLOPs, which the budget makes alike, and the parameters; the best one marked.
 
     Args:
-        points: share of the FLOPs and score; the best first.
+        points: shares of the FLOPs and the parameters, and score; the best first.
     """
-    figure = new_figure(7, 4.5)
-    axes = figure.add_subplot()
-    axes.scatter([100 * flops for flops, _ in points], [score for _, score in points], s=18, color=class_color(1), edgecolor="white", linewidth=0.5)
-    axes.scatter([100 * points[0][0]], [points[0][1]], s=120, marker="*", color=class_color(0), label=f"best: {points[0][1]:.4f}", zorder=3)
-    tidy(axes, plain(title, 120), "% of the FLOPs", "mAP50-95 on the held-out slice")
+    figure = new_figure(9, 4.2)
+    scores = [score for *_, score in points]
+    for n, (axes, what) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("FLOPs", "parameters"), strict=True)):
+        shares = [100 * point[n] for point in points]
+        axes.scatter(shares, scores, s=18, color=class_color(1), edgecolor="white", linewidth=0.5)
+        axes.scatter(shares[:1], scores[:1], s=120, marker="*", color=class_color(0), label=f"best: {scores[0]:.4f}", zorder=3)
+        tidy(axes, "", f"% of the {what}", "" if n else "mAP50-95 on the held-out slice")
+        axes.margins(0.1)
+        low, high = axes.get_xlim()
+        if (short := _LEAST_SPAN - (high - low)) > 0:  # the last digits would say what they don't mean
+            axes.set_xlim(low - short / 2, high + short / 2)
     axes.legend(frameon=False, fontsize=9)
-    axes.margins(0.1)
+    figure.suptitle(plain(title, 120), fontsize=11, color=INK)
     save_figure(figure, path)
