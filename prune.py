@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.weights import open_checkpoint
     from utils.compare.comparison import Comparison
     from utils.compare.entrants import Entrant
+    from utils.compress.eagleeye import discard_empty
     from utils.compress.pruning import Pruning, check_settings, open_slices
     from utils.compress.report import report, save_pruned
     from utils.cpu import keep_freed_memory
@@ -67,7 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                           runtimes=("PyTorch fp32",), device=config.device, precision=config.precision, workers=config.workers,
                           single_cls=config.single_cls, noplots=config.noplots, project=str(folder), name="comparison")
     comparison = Comparison(costs, [whole, pruned], profile)  # refuses another comparison's folder before anything in it is replaced
-    plan, left = pruning.run(folder)
+    try:
+        plan, left = pruning.run(folder)
+    except UserError:
+        discard_empty(folder, (costs.name,))
+        raise
     save_pruned(folder / _PRUNED, left, imgsz)
     report(pruning, plan, folder)
     comparison.run()

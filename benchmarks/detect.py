@@ -87,7 +87,7 @@ def beside(weights: str, mode: Mode) -> Path:
 
 def frames_of(args: argparse.Namespace) -> Source:
     source = open_source(args.video)
-    return Source(lambda stop: (frame for frame in islice(source, args.frames))) if args.frames else source
+    return Source(lambda *_: (frame for frame in islice(source, args.frames))) if args.frames else source
 
 
 def ms_each(work: Callable[[], object], count: int) -> float:

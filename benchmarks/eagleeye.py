@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from models.prune import channel_graph, remove_channels
 from models.weights import open_checkpoint
 from utils.compare.rows import spearman
 from utils.compress.plan import best_of
-from utils.compress.pruning import Pruning, open_slices
+from utils.compress.pruning import Pruning, digest, open_slices
 from utils.compress.report import save_pruned
 from utils.config import PruneConfig
 from utils.data.open import open_splits
@@ -51,17 +52,20 @@ def open_pruning(args: argparse.Namespace, settings: dict[str, float]) -> Prunin
     (split,) = open_splits(config, ("train",))
     model = open_checkpoint(args.weights).model.to(memory_format=torch.channels_last)
     slices = open_slices(split, config, config.imgsz, model.pad_stride)
-    return Pruning(config, model, channel_graph(model, config.imgsz), remove_channels, slices, lambda keep: 0.0)
+    pruning = Pruning(config, model, channel_graph(model, config.imgsz), remove_channels, slices, lambda keep: 0.0)
+    if (digest(model.state_dict()), slices.held_out_split.fingerprint) != (settings["weights"], settings["data"]):
+        raise SystemExit(f"{args.search}: was made with other --weights or --data")
+    return pruning
 
 
 def fine_tuned(args: argparse.Namespace, pruned: Path) -> float:
     """mAP50-95 after the training of a pruned network, which goes on where it stopped."""
-    folder = pruned.parent / "run"
+    folder = pruned.parent / f"run-{args.epochs}"
     last = folder / "weights" / "last.pt"
     if len(results(folder)) < args.epochs:
         flags = ["--resume", last] if last.exists() else [
-            "--weights", pruned, "--data", args.data, "--epochs", args.epochs, "--project", folder.parent, "--name", folder.name, "--exist-ok",
-            "--noplots"]
+            "--weights", pruned, "--data", args.data, "--epochs", args.epochs, "--patience", 0, "--project", folder.parent, "--name", folder.name,
+            "--exist-ok", "--noplots"]
         subprocess.run([sys.executable, ROOT / "train.py", "--workers", str(args.workers), *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
     return float(results(folder)[-1]["metrics/mAP_0.5:0.95"])
 
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.no_grad():
             keep = best_of(pruning.graph, candidate["plan"], pruning.scores)
             raw = pruning.score(remove_channels(pruning.model, pruning.graph, keep))
-        pruned = args.search / "fine-tuned" / str(candidate["number"]) / "pruned.pt"
+        name = hashlib.sha256(json.dumps(candidate["plan"]).encode()).hexdigest()[:8]  # not its number alone: a search may be begun anew
+        pruned = args.search / "fine-tuned" / f"{candidate['number']}-{name}" / "pruned.pt"
         if not pruned.exists():
             pruned.parent.mkdir(parents=True, exist_ok=True)
             save_pruned(pruned, pruning.left(candidate["plan"]), pruning.slices.imgsz)

@@ -54,7 +54,7 @@ class ChannelShuffle(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.order is None:
             return shuffle_join(a, b)
-        if b.is_contiguous(memory_format=torch.channels_last):
+        if b.is_contiguous(memory_format=torch.channels_last) and not b.is_contiguous():  # one channel, or one pixel, is both
             x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
             return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
         x = torch.cat((a, b), 1)

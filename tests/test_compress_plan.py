@@ -123,6 +123,8 @@ def test_slimming_says_what_it_can_reach():
         check_reachable(least, 0.5, "--target-flops")
     with pytest.raises(UserError, match=r"can't be reached: 0\.72 is the nearest that can be .*, as measured now"):
         check_reachable(0.69, 0.5, "--target-latency", 0.03)
+    with pytest.raises(UserError, match=r"as measured now, even the least network takes 0\.99 of the time"):
+        check_reachable(0.99, 0.5, "--target-latency", 0.03)
 
 
 def test_a_group_stays_whole_if_some_of_its_channels_pass_no_norm():

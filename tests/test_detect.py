@@ -93,7 +93,7 @@ def frames_of(path: str, count: int, size: tuple[int, int] = (64, 48), fps: floa
 
 
 def source_of(frames: Iterator[Frame], live: bool = False) -> Source:
-    return Source(lambda stop: frames, live)
+    return Source(lambda *_: frames, live)
 
 
 def writer_of(folder: Path, **outputs: object) -> ResultWriter:

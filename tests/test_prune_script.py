@@ -218,7 +218,7 @@ def test_candidates_are_scored_with_norms_of_their_own_on_images_held_out(place:
 @pytest.mark.parametrize(("flags", "line"), [
     (["--method", "l1", "--candidates", "50", "--ratio", "0.5"], "--candidates: is of eagleeye's search, and --method l1 tries nothing"),
     (["--method", "fpgm", "--held-out", "4", "--ratio", "0.5"], "--held-out: is of eagleeye's search"),
-    (["--method", "l1", "--ratio", "0.05"], "--ratio 0.05: removes no channel: what stays is rounded to multiples of 2"),
+    (["--method", "l1", "--ratio", "0.05"], "--ratio 0.05: removes no channel: at least --min-ratio 0.1 of a layer stays, rounded to multiples of 2"),
 ])
 def test_settings_that_would_do_nothing(flags: list[str], line: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(place, *flags, "--name", "nothing", "--noplots", data=False) == 2
@@ -235,6 +235,7 @@ def test_a_latency_that_cannot_be_reached(place: Path, monkeypatch: pytest.Monke
     for method in ("l1", "eagleeye"):
         assert run(place, "--method", method, "--target-latency", "0.5", "--name", f"latency-{method}", "--noplots") == 2
         assert re.search(r"--target-latency 0.5: can't be reached: 0\.8\d is the nearest .*, as measured now", capfd.readouterr().err)
+        assert not (place / "runs" / f"latency-{method}").exists()
 
 
 def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

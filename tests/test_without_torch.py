@@ -32,12 +32,14 @@ from utils.errors import UserError
 weights, image, folder, checkpoint = sys.argv[1:]
 codes = [detect.main(["--weights", weights, "--source", image, "--project", folder, "--conf", "0.01", "--save-txt", "--save-csv", "--save-crop"])]
 codes += [detect.main(["--weights", *words, "--source", image, "--project", folder]) for words in ([checkpoint], [weights, "--augment"])]
-try:
-    Detector(checkpoint)
-except UserError as error:
-    mistake = str(error)
+mistakes = []
+for words in ((checkpoint,), (weights + "x",), (weights, "cpu", "fp8")):
+    try:
+        Detector(*words)
+    except UserError as error:
+        mistakes.append(str(error))
 (result,) = Detector(weights)(image, conf=0.01)
-print(json.dumps({"codes": codes, "found": result.to_dict(), "mistake": mistake}))
+print(json.dumps({"codes": codes, "found": result.to_dict(), "mistakes": mistakes}))
 """
 
 
@@ -66,7 +68,8 @@ def test_detection_without_torch(name: str, checkpoint: Path, tiny, tmp_path: Pa
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["codes"] == [0, 2, 2] and (tmp_path / "runs/exp/scene.png").is_file()
     assert done.stderr.splitlines()[-2:] == ["error: needs torch: pip install -r requirements.txt"] * 2
-    assert "whole.pt: a checkpoint needs PyTorch: pip install torch torchvision; export.py makes files of it that run without" in told["mistake"]
+    assert "whole.pt: is no exported file, and a checkpoint needs PyTorch (pip install torch torchvision); export.py makes" in told["mistakes"][0]
+    assert "no such weights file" in told["mistakes"][1] and told["mistakes"][2] == "precision 'fp8': one of auto, fp32, bf16, fp16"
     (here,) = Detector(weights)(image, conf=0.01)
     assert len(here) and told["found"]["boxes"] == here.to_dict()["boxes"], "the same boxes as where PyTorch is"
     np.testing.assert_array_equal(here.image, render(0).image)

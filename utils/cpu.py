@@ -5,7 +5,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from utils.errors import UserError
 from utils.log import warn
@@ -41,6 +41,12 @@ def cpu_int8() -> str:
         return "int8 instructions that this system does not tell of"
     found = [name for flag, name in _INT8.items() if flag in flags]
     return " and ".join(found) if found else "no int8 instructions (VNNI, AMX), so that int8 gains less here than where they are"
+
+
+def check_precision(name: str) -> None:
+    """Raises UserError where there is no such precision: from Python it may be any text."""
+    if name not in get_args(PrecisionName):
+        raise UserError(f"precision {name!r}: one of {', '.join(get_args(PrecisionName))}")
 
 
 def cpu_precision(name: PrecisionName) -> Literal["fp32", "bf16"]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
                 errno.ENAMETOOLONG}
-_REQUIRED = {"torch", "torchvision", "matplotlib", "pycocotools", "thop", "distutils"}  # what exported files do without, so that it may be missing
+_REQUIRED = {"torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm", "matplotlib", "pycocotools", "thop", "distutils"}  # as they are imported
 _LONGEST = 2000  # characters of a message
 
 

@@ -41,7 +41,7 @@ class ChannelGraph:
         # Key of the weights -> its outputs, of layers that lose none: an output, something that needs every channel, or a layer of an unknown kind.
         self.whole = {layer.weight: len(layer.outputs) for layer in self.layers if (layer.outputs == KEPT).all()}
         self.whole |= {key: shape[0] for key, shape in self.shapes.items()
-                       if len(shape) > 1 and key.endswith("weight") and key not in self.by_weight and key not in self.norms}
+                       if len(shape) > 1 and key.endswith("weight") and key not in self.by_weight}
 
     def keep(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """A choice from what each group keeps: name -> (n,) bool; groups that are not named keep all."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.compress.calibration import FEWEST
-from utils.compress.eagleeye import Candidate, Search
+from utils.compress.eagleeye import FILE, Candidate, Search
 from utils.compress.graph import ChannelGraph
 from utils.compress.importance import fpgm, gamma, l1, l2
 from utils.compress.norms import reestimate_norms
@@ -58,10 +58,12 @@ def check_settings(config: PruneConfig) -> None:
     if len(given) != 1:
         also = " and ".join(f"--{flag.replace('_', '-')}" for flag in given)
         raise UserError(f"say how far to go by one flag, {f'not by {also}' if given else 'such as --target-flops 0.5 or --ratio 0.3'}")
-    if config.method != "eagleeye":
-        for name in ("candidates", "held_out"):
-            if getattr(config, name) != getattr(PruneConfig, name):
-                raise UserError(f"--{name.replace('_', '-')}: is of eagleeye's search, and --method {config.method} tries nothing: leave it out")
+    # Of a search's plan the held-out images still decide which others its norms are estimated on.
+    idle = () if _searches(config) else ("candidates",) if config.method == "eagleeye" else ("candidates", "held_out")
+    for name in idle:
+        if getattr(config, name) != getattr(PruneConfig, name):
+            what = "--plan" if config.plan else f"--method {config.method}"
+            raise UserError(f"--{name.replace('_', '-')}: is of eagleeye's search, and {what} tries nothing: leave it out")
     if _searches(config):
         if config.ratio:
             raise UserError("--ratio says nothing to --method eagleeye, which tries plans of one budget: give --target-flops, or --method l1")
@@ -183,12 +185,12 @@ class Pruning:
     def _check_ratio(self, plan: Plan) -> None:
         total = sum(len(group.channels) for group in self.graph.groups)
         gone, asked = 1 - sum(plan.values()) / total, self.config.ratio
+        also = ", and of layers without a batch norm, or of equal scales, none go" if self.config.method == "slimming" else ""
         if not gone:
-            equal = " or the batch norms' scales are equal" if self.config.method == "slimming" else ""
-            raise UserError(f"--ratio {asked:g}: removes no channel: what stays is rounded to multiples of {self.limits.round_to}{equal}: give a "
-                            "larger one, or a smaller --round-to")
+            raise UserError(f"--ratio {asked:g}: removes no channel: at least --min-ratio {self.limits.least:g} of a layer stays, rounded to "
+                            f"multiples of {self.limits.round_to}{also}: give a larger --ratio, a smaller --min-ratio or a smaller --round-to")
         if abs(gone - asked) > _RATIO_MAY_DIFFER:
-            warn(f"--ratio {asked:g}: {gone:.2f} of the channels go with this --min-ratio and --round-to")
+            warn(f"--ratio {asked:g}: {gone:.2f} of the channels go with this --min-ratio and --round-to{also}")
 
     def _by_importance(self) -> Plan:
         if self.config.ratio:
@@ -205,10 +207,10 @@ class Pruning:
 
     def _search(self, folder: Path) -> Plan:
         (kind, target), config = self._budget(), self.config
-        settings = {"weights": _digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
+        settings = {"weights": digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
                     "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
                     "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
-        search = Search(folder / "candidates.json", settings)
+        search = Search(folder / FILE, settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
         latency = target if kind == "latency" else None
@@ -262,9 +264,10 @@ def _as_dict(candidate: Candidate) -> dict[str, Any]:
     return {"candidate": candidate.number, "score": candidate.score, **candidate.costs, "channels": candidate.plan}
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Of a network's tensors and their names."""
+    found = hashlib.sha256()
     for key, tensor in weights.items():
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(key.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

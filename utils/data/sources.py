@@ -48,8 +48,8 @@ class Frame(NamedTuple):
     video: VideoInfo | None  # None for an image
 
 
-Produce = Callable[[threading.Event], Iterator[Frame]]
 Miss = Callable[[str], None]
+Produce = Callable[[threading.Event, Miss], Iterator[Frame]]
 
 
 class Source(Iterator[Frame]):
@@ -103,7 +103,7 @@ class Source(Iterator[Frame]):
 
     def _run(self) -> None:
         try:
-            with contextlib.closing(self._produce(self._stop)) as frames:
+            with contextlib.closing(self._produce(self._stop, self.miss)) as frames:
                 for frame in frames:
                     self._put(frame)
                     if self._stop.is_set():
@@ -137,7 +137,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
     if vid_stride < 1:
         raise UserError(f"--vid-stride {vid_stride}: give 1 (every frame) or more")
     if text.isdecimal():
-        return Source(lambda stop: _stream_frames(int(text), f"webcam {text}", vid_stride, stop), live=True)
+        return Source(lambda stop, _: _stream_frames(int(text), f"webcam {text}", vid_stride, stop), live=True)
     if is_url(text):
         try:
             suffix = Path(urlsplit(text).path).suffix.lower()
@@ -147,12 +147,10 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
             raise UserError(f"{text}: a single image is not fetched from the network; download it and name the file")
         name = re.sub(r"//[^/]*@", "//", text)
         if suffix in VIDEO_SUFFIXES:
-            far = Source(lambda stop: _far_video_frames(text, name, vid_stride, stop, far.miss))
-            return far
-        return Source(lambda stop: _stream_frames(text, name, vid_stride, stop), live=True)
+            return Source(lambda stop, miss: _far_video_frames(text, name, vid_stride, stop, miss))
+        return Source(lambda stop, _: _stream_frames(text, name, vid_stride, stop), live=True)
     paths = _find_paths(text)
-    source = Source(lambda stop: _file_frames(paths, text, vid_stride, stop, source.miss))
-    return source
+    return Source(lambda stop, miss: _file_frames(paths, text, vid_stride, stop, miss))
 
 
 def is_url(text: str) -> bool:

@@ -110,7 +110,7 @@ class _SelectByConvolution(TorchFunctionMode):
     """ncnn has no layer that picks channels, as the shuffle of a pruned ShuffleNet does: a convolution by ones and zeros gives the same numbers."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.Tensor.index_select and args[1] == 1 and args[0].dim() == 3:
+        if func is torch.Tensor.index_select and len(args) == 3 and args[1] == 1 and args[0].dim() == 3:
             x, _, order = args
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the order, which is to become a constant

@@ -74,8 +74,8 @@ class Format:
         """
         if self.elsewhere:
             return f"not written here: {self.elsewhere}"
-        more = [] if job is None else ["onnx"] * bool(job.metadata.nms) + ["onnxslim"] * (job.simplify and self.name == "onnx")
-        command = pip_install(dict.fromkeys((*self.packages, *more)))
+        more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and self.name == "onnx"}
+        command = pip_install(dict.fromkeys((*self.packages, *(package for package, needed in more.items() if needed))))
         return command and f"{command}{self.advice}"
 
 
@@ -136,7 +136,7 @@ _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here,
     "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
     **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
     "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",
-    "executorch": "export torchscript's checkpoint in ExecuTorch's own environment, which wants a PyTorch of its own; on phones tflite and ncnn run",
+    "executorch": "its exporter wants an environment with a PyTorch of its own; on phones tflite and ncnn run",
     "mnn": "export onnx, and there MNNConvert -f ONNX --modelFile best.onnx --MNNModel best.mnn (pip install MNN)",
     "paddle": "export onnx, and convert that with X2Paddle, in an environment with PaddlePaddle",
 }

@@ -31,7 +31,7 @@ def stamp_tflite(path: Path, metadata: ExportMetadata) -> None:
 
 
 class TfliteSession:
-    """A TFLite file on the CPU, an interpreter, with its share of the threads, for each of `at_once` callers."""
+    """A TFLite file on the CPU, an interpreter for each calling thread, with the share of the threads that each of `at_once` has."""
 
     def __init__(self, path: Path, threads: int, at_once: int) -> None:
         litert = import_extra("ai_edge_litert")

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import DEFAULT_IMGSZ
-from utils.cpu import PrecisionName, cpu_precision
+from utils.cpu import PrecisionName, check_precision, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
 from utils.export.backends import is_exported, open_network
 from utils.export.metadata import GraphNms
+from utils.files import ROOT, find_file
 from utils.log import warn
 from utils.runner import Runner
 
-_NEEDS_TORCH = "needs PyTorch: pip install torch torchvision"
+_NEEDS_TORCH = "pip install torch torchvision"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class OpenNetwork:
         """It with test-time augmentation.
 
         Raises:
-            UserError: PyTorch is missing, which joins the looks.
+            UserError: it was opened without PyTorch, which joins the looks.
         """
-        raise UserError(f"augment: {_NEEDS_TORCH}")
+        raise UserError(f"augment: needs PyTorch ({_NEEDS_TORCH})")
 
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]:
         """(height, width) in whole strides: as asked, with one number for both; else as it was made for; else the usual one.
@@ -110,7 +111,10 @@ def open_exported(
         UserError: no such file, not an exported or not a whole one, or not for this device.
     """
     if not is_exported(weights):
-        raise UserError(f"{weights}: a checkpoint {_NEEDS_TORCH}; export.py makes files of it that run without")
+        find_file(weights, [ROOT], "weights file")
+        raise UserError(f"{weights}: is no exported file, and a checkpoint needs PyTorch ({_NEEDS_TORCH}); export.py makes files of it that run "
+                        "without")
+    check_precision(precision)
     check_cpu(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)

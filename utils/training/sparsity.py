@@ -53,7 +53,7 @@ class Slimming:
 class SoftPruning:
     """Zeroes the weakest filters after each epoch; the next epoch may bring them back (He et al., IJCAI 2018).
 
-    Channels that a frozen layer or norm makes or passes on are left alone: nothing would bring them back.
+    Channels that a frozen layer makes, or whose shift or bias is frozen, are left alone: nothing would bring them back.
 
     Args:
         score: utils.compress.importance's `l2` (the paper's) or `fpgm`.
@@ -89,7 +89,7 @@ def _zeroed(graph: ChannelGraph) -> Iterator[tuple[str, int]]:
     for key, dims in graph.uses.items():
         layer = graph.by_weight.get(key)
         if dims and (key.endswith((".bias", ".running_mean")) if layer is None else not is_depthwise(layer)):
-            yield key, layer.out_dim if layer and dims[layer.out_dim] is not None else 0
+            yield key, layer.out_dim if layer else 0
 
 
 class Sparsity(NamedTuple):
