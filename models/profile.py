@@ -83,7 +83,7 @@ def measure_latencies(
                                            title=f"{runtime.name} b{batch}")
                 for name, latency in timings.latencies.items():
                     profiles[name].latency[runtime.name, batch] = latency
-                if timings.noisy:
+                if timings.remark:
                     remarks.append(f"{runtime.name}, batch {batch}: {timings.remark}")
         yield remarks
 
