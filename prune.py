@@ -36,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.weights import open_checkpoint
     from utils.compare.comparison import Comparison
     from utils.compare.entrants import Entrant
-    from utils.compress.eagleeye import discard_empty
     from utils.compress.pruning import Pruning, check_settings, open_slices
     from utils.compress.report import report, save_pruned
     from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
     from utils.device import select_device
     from utils.evaluate.validate import check_classes
-    from utils.files import new_run_dir
+    from utils.files import discarded_if_refused, new_run_dir
     from utils.log import info
 
     check_settings(config)
@@ -68,11 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                           runtimes=("PyTorch fp32",), device=config.device, precision=config.precision, workers=config.workers,
                           single_cls=config.single_cls, noplots=config.noplots, project=str(folder), name="comparison")
     comparison = Comparison(costs, [whole, pruned], profile)  # refuses another comparison's folder before anything in it is replaced
-    try:
+    with discarded_if_refused(folder, (costs.name,)):
         plan, left = pruning.run(folder)
-    except UserError:
-        discard_empty(folder, (costs.name,))
-        raise
     save_pruned(folder / _PRUNED, left, imgsz)
     report(pruning, plan, folder)
     comparison.run()
@@ -80,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
          f"--data {config.data or 'DATA.yaml'} --epochs 50{for_next(config)}")
     if config.data:
         info(f"    and then before, pruned and fine-tuned side by side: python compare.py --weights {config.weights} {folder / _PRUNED} "
-             f"runs/train/exp/weights/best.pt --data {config.data}{for_next(config)}")
+             f"TUNED/weights/best.pt --data {config.data} --imgsz {imgsz}{for_next(config)}")
     return 1 if comparison.failed else 0
 
 

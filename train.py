@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.data.open import open_splits
     from utils.device import compute_dtype, select_device
     from utils.distributed import join_world
+    from utils.files import discarded_if_refused
     from utils.log import info, warn
     from utils.training.anchors import adapt_anchors
     from utils.training.distill import build_distillation
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
     from utils.training.qat import QuantizationAware, to_fine_tune
-    from utils.training.runs import create_folder, discarded_if_refused, new_run, resumed_run
+    from utils.training.runs import PREPARED, create_folder, new_run, resumed_run
     from utils.training.sparsity import Sparsity, build_sparsity
 
     run = resumed_run(given) if "resume" in given else new_run(given)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         run = dataclasses.replace(run, config=config, folder=folder)
-        with discarded_if_refused(folder):
+        with discarded_if_refused(folder, PREPARED):
             training = Training(model, run, train_split, val_split, device, world, distillation, sparsity)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()

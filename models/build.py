@@ -64,18 +64,17 @@ def build_rows(spec: ModelSpec) -> Rows:
     shapes = [_shape(kept[row]) for row in range(len(modules) - 1)]
     # The widths of a fused network are of layers that are not there yet.
     shapes = narrow_rows(spec, modules) if spec.widths and not spec.fused else shapes
-    return Rows(modules, shapes, strides, _max_stride(spec, modules, shapes, max(strides)))
+    return Rows(modules, shapes, strides, _max_stride(spec, modules, max(strides)))
 
 
-def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], shapes: Sequence[tuple[Any, ...]], coarsest: int) -> int:
+def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], coarsest: int) -> int:
     """The coarsest level's stride; twice or four times that, where rows between go further down and come up again.
+
+    So that a row which takes images of one size alone is refused here.
 
     Raises:
         UserError: none of these will do; the row where the first fails.
     """
-    maps = [level for shape in shapes for level in (shape if isinstance(shape[0], tuple) else (shape,))]
-    if min(min(height, width) for _, height, width in maps) * coarsest >= _DRY_RUN_PX:
-        return coarsest
     first = None
     for stride in (coarsest, 2 * coarsest, 4 * coarsest):
         odd = _DRY_RUN_PX // stride | 1  # multiples, at least as large as the image that the rows are known to take

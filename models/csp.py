@@ -103,14 +103,21 @@ class C3SPP(CSPStage):
     """`n` spatial pyramids in a CSP stage.
 
     Args:
-        k: the pools' sizes. In a C3 row that was made a C3SPP one shortcut and groups stand there, of which a pyramid has neither.
-        rest: e by its place.
+        k: the pools' sizes; in a C3 row that was made a C3SPP one its shortcut stands there, which a pyramid has not, nor groups, which follow it.
+        c3_e: e in such a row.
+
+    Raises:
+        ValueError: a fourth argument after sizes and e.
     """
 
-    def __init__(self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = (5, 9, 13), *rest: float, e: float = 0.5) -> None:
+    def __init__(
+        self, c1: int, c2: int, n: int = 1, k: Sequence[int] | bool = (5, 9, 13), e: float = 0.5, c3_e: float | None = None
+    ) -> None:
         if isinstance(k, bool):
-            k, rest = (5, 9, 13), rest[1:]
-        super().__init__(c1, c2, *(rest or (e,)), lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
+            k, e = (5, 9, 13), c3_e if c3_e is not None else e if e < 1 else 0.5  # 1 and more are groups
+        elif c3_e is not None:
+            raise ValueError(f"takes channels, sizes of pools and e, found {c3_e:g} besides")
+        super().__init__(c1, c2, e, lambda c: nn.Sequential(*(SPP(c, c, k) for _ in range(n))))
 
 
 @register("C3TR", channels=to_width, repeats="inside")

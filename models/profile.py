@@ -59,6 +59,7 @@ def measure_latencies(
 
     Args:
         models: by name; each is fused here.
+        batches: sizes, the smallest first.
         imgsz: pixels; a network whose strides it does not fit takes the next size that they do.
 
     Yields:
@@ -67,7 +68,7 @@ def measure_latencies(
     fused = {name: model.fused().to(device, memory_format=torch.channels_last) for name, model in models.items()}
     for runtime in runtimes:
         remarks = []
-        for batch in sorted(batches):
+        for batch in batches:
             runs: dict[str, Run] = {}
             for name in tqdm(fused, desc=f"{runtime.name} b{batch}", leave=False, dynamic_ncols=True):
                 smaller = {b: ms for b in batches if b < batch and (ms := profiles[name].p50(runtime.name, b))}

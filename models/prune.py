@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from models.summary import count_macs
 from models.yolo import DetectionModel
 from utils.compress.graph import ChannelGraph
 from utils.compress.trace import trace_channels
@@ -26,8 +27,9 @@ def channel_graph(model: DetectionModel, imgsz: int = 0) -> ChannelGraph:
     """
     model = model.eval()
     side = max(imgsz, 2 * model.max_stride)
-    trace = trace_channels(model, torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
-    return ChannelGraph(trace, {key: tensor.shape for key, tensor in model.state_dict().items()})
+    image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    return ChannelGraph(trace_channels(model, image), shapes, int(count_macs(model, image)))
 
 
 def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray) -> DetectionModel:

@@ -18,11 +18,16 @@ def shuffle_join(a: Tensor, b: Tensor) -> Tensor:
     The layout stays `b`'s: with channels last the paper's reshaping of a concatenation takes three times as long. Otherwise it is the paper's, as
     the runtimes that a network is exported to know it best.
     """
-    if b.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(b):
         pairs = torch.stack((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), -1)  # (B, H, W, C, 2)
         return pairs.flatten(3).permute(0, 3, 1, 2)
     x = torch.cat((a, b), 1)
     return x.view(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """And that alone: one channel, or one pixel, is both layouts, and what the plain one's code does serves it too."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class ChannelSplit(nn.Module):
@@ -54,7 +59,7 @@ class ChannelShuffle(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.order is None:
             return shuffle_join(a, b)
-        if b.is_contiguous(memory_format=torch.channels_last) and not b.is_contiguous():  # one channel, or one pixel, is both
+        if _is_channels_last(b):
             x = torch.cat((a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)), 3)  # a table with a row for each pixel, so that the layout stays
             return x.flatten(0, 2).index_select(1, self.order).view(x.shape).permute(0, 3, 1, 2)
         x = torch.cat((a, b), 1)

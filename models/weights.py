@@ -11,7 +11,7 @@ import torch
 
 from models.yolo import DetectionModel, model_from_checkpoint
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.cpu import PrecisionName, check_precision
+from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
 from utils.errors import UserError
 from utils.evaluate.tta import Augmented
@@ -107,7 +107,6 @@ def open_weights(
     Raises:
         UserError: no such file, not a whole one, or not for this device.
     """
-    check_precision(precision)
     if is_exported(weights):
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)

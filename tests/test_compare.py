@@ -277,6 +277,10 @@ def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path
     before = scores.stat().st_mtime_ns
     assert compare.main(["--weights", str(mine), *flags, "--noplots"]) == 0
     assert scores.stat().st_mtime_ns == before
+    moved = shutil.copytree(tmp_path, tmp_path / "elsewhere" / "moved")  # with its files' times
+    elsewhere = [str(moved / Path(flag).name) if flag == flags[1] else flag for flag in flags]
+    assert compare.main(["--weights", str(mine), *elsewhere, "--noplots"]) == 0
+    assert scores.stat().st_mtime_ns == before, "the same images at another place"
     save_checkpoint(mine, dataclasses.replace(load_checkpoint(mine), metrics={}))
     assert compare.main(["--weights", str(mine), *flags, "--noplots"]) == 0
     assert scores.stat().st_mtime_ns > before, "another file, yet its old scores"
@@ -298,6 +302,12 @@ def test_other_networks_of_one_name_are_told_apart(tmp_path: Path, flags: list[s
     assert compare.main(["--cfg", str(cfg), *flags, "--noplots"]) == 1
     table = table_of(tmp_path / "runs" / "both")["tiny"]
     assert "was trained with other network of the same name: remove that folder" in table["problem"] and not table.get("val mAP50-95")
+    compare.main(["--cfg", str(cfg), *flags, "--noplots", "--seeds", "1"])  # the edited one
+    third = str(model_yaml(tmp_path, name="third.yaml", levels=2))
+    assert compare.main(["--cfg", third, *flags, "--noplots"]) == 1
+    table = table_of(tmp_path / "runs" / "both")
+    assert "seed 1: " in table["tiny"]["problem"] and "other network of the same name" in table["tiny"]["problem"]
+    assert float(table["tiny"]["val mAP50-95"]) >= 0 and table["tiny"].get("val mAP50-95 n", "1") == "1" and not table["third"]["problem"]
 
 
 def test_a_test_split_that_is_missing_or_unlabelled_is_left_out(tmp_path: Path, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,8 @@ def test_slimming_says_what_it_can_reach():
     check_reachable(least, least, "--target-flops")
     with pytest.raises(UserError, match=rf"--target-flops 0.5: can't be reached: {math.ceil(1000 * least) / 1000:g} is the nearest"):
         check_reachable(least, 0.5, "--target-flops")
+    with pytest.raises(UserError, match=r"--target-flops 0.5: can't be reached: 1 is the nearest that can be with this --min-ratio and --round-to"):
+        check_reachable(1.0, 0.5, "--target-flops")
     with pytest.raises(UserError, match=r"can't be reached: 0\.72 is the nearest that can be .*, as measured now"):
         check_reachable(0.69, 0.5, "--target-latency", 0.03)
     with pytest.raises(UserError, match=r"as measured now, even the least network takes 0\.99 of the time"):

@@ -217,6 +217,9 @@ IN_OTHER_SIZES = {  # arguments that leave a map between others of a network, wh
 }  # fmt: skip
 
 
+KEPT_WHOLE = {"C3TR": {"model.1.m.layers.0.norm1", "model.1.m.layers.0.norm2"}, "Expand": {"model.1"}}  # what they do needs every channel
+
+
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"Concat", "ADD", "nn.ReflectionPad2d", "nn.ReplicationPad2d", "nn.ZeroPad2d"}))
 def test_every_block_loses_channels(name: str, tmp_path: Path) -> None:
     """Between convolutions whose channels are removed: what is left equals the whole with those zeroed."""
@@ -231,6 +234,7 @@ def test_every_block_loses_channels(name: str, tmp_path: Path) -> None:
     (tmp_path / "net.yaml").write_text(yaml.safe_dump(content))
     torch.manual_seed(0)
     model = lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2)))
+    assert channel_graph(model).kept_whole.keys() - {f"model.{last + 1}"} == KEPT_WHOLE.get(name, set()), "but for Detect"
     check_model(check_model(model, 0), 1)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.errors import UserError, error_lines, first_line, foreign_errors, short_reason
+from utils.errors import UserError, error_lines, first_line, foreign_errors, script, short_reason
 
 
 @pytest.mark.parametrize(("error", "lines", "first", "reason"), [
@@ -23,6 +23,18 @@ def test_a_long_reason_is_cut():
 def test_foreign_errors():
     with pytest.raises(UserError, match=r"^it fails: a b$"), foreign_errors("it fails"):
         raise TypeError("a\nb")
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("torch", "torch: pip install -r requirements.txt"), ("torch.nothing", "the Python module torch.nothing: install the package that has it"),
+    ("google.protobuf", "the Python module google.protobuf: install the package that has it"),
+])  # fmt: skip
+def test_a_missing_module(name, line, capsys):
+    @script
+    def main(argv):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert main([]) == 2 and capsys.readouterr().err == f"error: needs {line}\n"
 
 
 @pytest.mark.parametrize("error", [

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from models.weights import open_weights
@@ -209,6 +210,22 @@ def test_names_beside_an_openvino_model(tiny, tmp_path: Path):
         open_network(folder)
     (folder / "best.yaml").write_text("stride: 32\nnames:\n  0: cat\n  1: dog\n")
     assert open_network(folder).names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("place", ["model", "beside"])
+def test_final_boxes_of_another_projects_openvino_model(place: str, tmp_path: Path):
+    openvino = pytest.importorskip("openvino")
+    to_onnx(Final(), torch.zeros(1, 3, 64, 64), tmp_path / "a.onnx", opset=17)
+    model = openvino.convert_model(str(tmp_path / "a.onnx"))
+    told = {"names": {0: "cat"}, "stride": 32, "args": {"nms": True}}
+    if place == "model":
+        for key, value in told.items():
+            model.set_rt_info(str(value), [key])
+    openvino.save_model(model, tmp_path / "a" / "a.xml")
+    if place == "beside":
+        (tmp_path / "a" / "metadata.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(UserError, match=r"a\.xml: holds final boxes, suppressed in another project's way: export it there without"):
+        open_network(tmp_path / "a")
 
 
 def test_what_lies_beside_our_own_openvino_model_is_not_read(files, tmp_path: Path):

@@ -145,6 +145,8 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
     ("export", ["--include", "openvino", "--int8", "--data", "my.yaml"], r"--int8: .*quantize\.py .*tiny\.pt --data my\.yaml --to openvino"),
+    ("export", ["--include", "onnx", "--int8", "--plugin", "docs/examples/my_blocks.py", "--data-root", "sets"],
+     r"--int8: .* --to onnx --plugin docs/examples/my_blocks\.py --data-root sets"),
     ("export", ["--include", "ncnn", "--int8", "--imgsz", "96", "--dynamic"],
      r"--int8: there are no int8 ncnn files here, .*ARM too: .* --data my_set\.yaml --to onnx --imgsz 96 --dynamic"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),

@@ -176,6 +176,9 @@ def test_a_c3_row_may_become_another_of_its_family(name):
     assert wire(name, [8], [16, False])[0](torch.zeros(1, 8, 16, 16)).shape == (1, 16, 16, 16)
     if name == "C3SPP":
         assert wire(name, [8], [16, False, 1, 0.25])[0].cv1.conv.out_channels == wire(name, [8], [16, [5, 9, 13], 0.25])[0].cv1.conv.out_channels == 4
+        assert wire(name, [8], [16, False, 1])[0].cv1.conv.out_channels == 8, "groups"
+        with pytest.raises(ValueError, match="takes channels, sizes of pools and e, found 1 besides"):
+            wire(name, [8], [16, [5, 9, 13], 0.25, 1])
         assert common.C3SPP(8, 16, 1, False, e=0.25).cv1.conv.out_channels == 4 and common.C3SPP(8, 16, 1, False, 1).cv1.conv.out_channels == 8
     if name == "C3TR":
         assert wire(name, [8], [16, True])[0].state_dict().keys() == wire(name, [8], [16])[0].state_dict().keys()

@@ -42,6 +42,22 @@ def build(tmp_path: Path, code: str, *rows: list) -> DetectionModel:
     return DetectionModel(ModelSpec.from_dict(content, "my.yaml"))
 
 
+def test_a_row_for_images_of_one_size_is_refused(tmp_path: Path) -> None:
+    code = """
+@register("Placed", channels=to_width)
+class Placed(nn.Module):
+    def __init__(self, c1, c2):
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, c2, 8, 8))
+
+    def forward(self, x):
+        return x + self.places
+"""
+    down = [[-1, 1, "Conv", [16, 3, 2]]] * 4
+    with pytest.raises(UserError, match=r"row 5 \(backbone 5\) Placed: .*line 12 of the plugin"):
+        build(tmp_path, code, *down, [-1, 1, "Placed", [16]])
+
+
 def test_the_example_is_short_and_says_how_it_is_used():
     code = [line for line in (EXAMPLES / "my_blocks.py").read_text().splitlines() if line.strip()]
     assert len(code) <= 20

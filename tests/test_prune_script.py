@@ -419,11 +419,11 @@ def whole_path(name: str, folder: Path) -> None:
     """Prune, save, load in a new process, a training step, val, ONNX: the same outputs all the way."""
     torch.manual_seed(0)
     whole = lived_in(DetectionModel(load_spec(f"{name}.yaml", 2), NAMES))
-    graph = channel_graph(whole)
+    side = max(256, 2 * whole.max_stride)
+    graph = channel_graph(whole, side)
     scores = l1(graph, whole.state_dict())
     plan = meet(random_shares(graph, Limits(0.1, 4), np.random.default_rng(0)), macs_share(graph, scores), 0.6)
     left = remove_channels(whole, graph, best_of(graph, plan, scores))
-    side = max(256, 2 * whole.max_stride)
     assert count_gflops(left, side) / count_gflops(whole, side) == pytest.approx(macs_share(graph, scores)(plan), abs=0.01)
 
     save_pruned(folder / "pruned.pt", left, side)

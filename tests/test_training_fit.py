@@ -26,7 +26,8 @@ from utils.network import to_input
 from utils.training import engine
 from utils.training.engine import random_resize, same_size
 from utils.training.fit import image_chances, write_results
-from utils.training.memory import bytes_per_image, fit_batch
+from utils.training.memory import StepMemory, fit_batch, step_memory
+from utils.training.qat import QuantizationAware
 from utils.training.state import TrainState, pack_rows, unpack_rows
 from utils.training.stepper import Stepper
 
@@ -280,6 +281,8 @@ def test_results_csv(whole: Path) -> None:
 def test_write_results_of_rows_with_other_columns(tmp_path: Path) -> None:
     write_results(tmp_path / "r.csv", [{"epoch": 0, "a": 0.5}, {"epoch": 1, "a": 1 / 3, "b": 2.0}])
     assert (tmp_path / "r.csv").read_text().splitlines() == ["epoch,a,b", "0,0.5,", "1,0.333333,2"]
+    write_results(tmp_path / "r.csv", [{"epoch": 0, "a": math.nan, "b": 2.0}])
+    assert (tmp_path / "r.csv").read_text().splitlines() == ["epoch,a,b", "0,,2"], "as after a resume"
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
@@ -313,8 +316,8 @@ def test_multi_scale_sizes() -> None:
 def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    each = bytes_per_image(model, 64, CPU)
-    assert 3 * bytes_per_image(model, 64, CPU) < bytes_per_image(model, 128, CPU) < 5 * each
+    each = step_memory(model, 64, CPU).image
+    assert 3 * each < step_memory(model, 128, CPU).image < 5 * each
     assert differing(before, dict(model.state_dict())) == [] and model.training
     maps = 8 * (32**2 + 16**2 + 8**2 + 4**2 + 2**2) * 4  # the convolutions' outputs, float32; batch norm and SiLU keep their own
     assert 2 * maps < each < 8 * maps
@@ -328,17 +331,18 @@ def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         fit_batch(model, 1_000_000, 64, CPU, alone, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
         fit_batch(model, 5, 64, CPU, two, images=10)
-    assert bytes_per_image(model, 64, CPU, torch.bfloat16) < 0.8 * each
+    assert step_memory(model, 64, CPU, torch.bfloat16).image < 0.8 * each
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_no_part_of_an_image(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would count less, the more images there are. Wide, so that they weigh."""
-    model, found = tiny_model(tmp_path, width=64), []
-    for images in (2, 16):
-        monkeypatch.setattr("utils.training.memory._PROBE_IMAGES", images)
-        found.append(bytes_per_image(model, 64, CPU, dtype))
-    assert found[0] == pytest.approx(found[1], rel=0.02)
+def test_weights_are_no_part_of_an_image(tmp_path: Path) -> None:
+    """What is kept of them counts once, however many images there are. Wide, so that they weigh."""
+    wide = tiny_model(tmp_path, width=64)
+    rounding = QuantizationAware.with_any_range(wide.folded())
+    copied = sum(p.numel() for p in wide.parameters() if p.ndim > 1)
+    plain, bf16, rounded = step_memory(wide, 64, CPU), step_memory(wide, 64, CPU, torch.bfloat16), step_memory(rounding, 64, CPU)
+    assert plain.once < 0.05 * copied and bf16.once == pytest.approx(2 * copied, rel=0.02)
+    assert rounded.once == pytest.approx(5 * copied, rel=0.02), "float32, and which lie beyond the range"
+    assert bf16.image == pytest.approx(plain.image / 2, rel=0.02) and step_memory(wide, 128, CPU).image == pytest.approx(4 * plain.image, rel=0.02)
 
 
 def test_image_chances():
@@ -355,7 +359,7 @@ def test_image_chances():
 def test_a_gpu_is_given_the_benefit_of_the_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The estimate's allowance was measured on a CPU; out of memory is told in a line there, and kills the process here."""
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("utils.training.memory.bytes_per_image", lambda *_: 2**20)
+    monkeypatch.setattr("utils.training.memory.step_memory", lambda *_: StepMemory(0, 2**20))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**27, 2**27))
     model = tiny_model(tmp_path)
     assert fit_batch(model, 128, 64, cuda, World(), images=10) == 128
@@ -376,3 +380,9 @@ def test_what_grows_with_the_epochs_is_saved_however_many_there_are(tmp_path: Pa
     again = TrainState.from_dict(load_checkpoint(tmp_path / "last.pt").training, "last.pt").history
     assert again == rows and type(again[5]["epoch"]) is int
     assert unpack_rows(rows) == rows and unpack_rows(pack_rows([])) == []
+
+
+@pytest.mark.parametrize("history", [{}, {"columns": ["epoch"]}, {"columns": ["epoch"], "values": [1]}, {"columns": [], "values": torch.zeros(1, 1)}])
+def test_a_damaged_history_is_one_line(history: dict) -> None:
+    with pytest.raises(UserError, match=r"^last\.pt: its training state is of another version: "):
+        TrainState.from_dict({"config": {}, "hyp": {}, "history": history}, "last.pt")

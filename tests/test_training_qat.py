@@ -33,7 +33,7 @@ from utils.files import ROOT
 from utils.hyp import Hyp
 from utils.training import fit
 from utils.training.loss import DetectionLoss
-from utils.training.memory import bytes_per_image
+from utils.training.memory import step_memory
 from utils.training.qat import QuantizationAware
 from utils.training.runs import new_run
 from utils.training.state import unpack_rows
@@ -187,16 +187,16 @@ def test_a_run_trains_and_scores_what_int8_computes(place: Path, monkeypatch: py
     assert len(scored) == 3 and all(len(names) == 8 for names in rounding), "after each epoch, and best.pt in the end"
 
 
-def test_memory_is_that_of_rounding(tmp_path: Path):
+def test_memory_is_that_of_rounding():
     network = lived_in(DetectionModel(load_spec("yolov5n.yaml", 2))).folded()
-    plain, rounding = (bytes_per_image(model, SIDE, torch.device("cpu")) for model in (network, QuantizationAware.with_any_range(network)))
-    learner, kept = aware(network), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        learner.train()(torch.rand(2, 3, SIDE, SIDE))
-    saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    own = {p.data_ptr() for p in network.parameters()}
-    needed = sum(size for pointer, size in saved.items() if pointer not in own) / 2
-    assert rounding > 2 * plain and rounding > 0.9 * needed
+    plain, rounding = (step_memory(model, SIDE, torch.device("cpu")).image for model in (network, QuantizationAware.with_any_range(network)))
+    learner, kept = aware(network).train(), []
+    for images in (2, 3):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
+            learner(torch.rand(images, 3, SIDE, SIDE))
+        kept.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
+    assert rounding > 1.2 * plain and 0.9 < rounding / (kept[1] - kept[0]) < 1.6, "with its allowance"
 
 
 def test_what_the_flag_alone_does(place: Path):
@@ -294,7 +294,10 @@ def sqnr_db(reference: Tensor, found: Tensor) -> float:
     *((kind, "nn.ReLU()", block) for kind in ("onnx", "openvino") for block in ("DWConvblock", "Shuffle_Block", "DWConv")),
 ])  # fmt: skip
 def test_the_file_computes_what_training_saw(kind: str, activation: str, block: str, tmp_path: Path):
-    """Not only nearer to the rounded network than to the float one: it is that network. (In ONNX, SiLU's own steps are rounded besides.)"""
+    """Not only nearer to the rounded network than to the float one: it is that network.
+
+    (In ONNX, SiLU's own steps are rounded besides, and the concatenations within blocks: nearer by 6 dB is half the distance.)
+    """
     if missing := int8_missing(kind):
         pytest.skip(missing)
     content = yaml.safe_load(model_yaml(tmp_path, width=16).read_text()) | {"activation": activation}
@@ -309,7 +312,8 @@ def test_the_file_computes_what_training_saw(kind: str, activation: str, block: 
     files = Int8Files(ExportJob(network, metadata), int8_format(kind), images, tmp_path, ranges)
     file = torch.as_tensor(open_network(files.write(()))(pictures))
     exact, seen = (model.decode(model(pictures))[..., 4:] for model in (network, rounded(network, ranges)))
-    assert sqnr_db(exact, file[..., 4:]) < 50 and sqnr_db(seen, file[..., 4:]) > (60 if block == "Conv" or kind == "openvino" else 48)
+    far, near = (sqnr_db(reference, file[..., 4:]) for reference in (exact, seen))
+    assert far < 50 and near > (60 if block == "Conv" or kind == "openvino" else far + 6)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])

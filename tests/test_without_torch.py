@@ -43,6 +43,17 @@ print(json.dumps({"codes": codes, "found": result.to_dict(), "mistakes": mistake
 """
 
 
+WHERE_ALL_IS = """
+import sys
+
+import detect
+
+weights, image, folder = sys.argv[1:]
+code = detect.main(["--weights", weights, "--source", image, "--project", folder])
+print(code, *sorted({"torch", "torchvision", "matplotlib", "pycocotools", "thop", "scipy", "pandas"} & sys.modules.keys()))
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(place: Path, tiny) -> Path:
     save_checkpoint(place / "whole.pt", Checkpoint(tiny.spec.to_dict(), tiny.names, tiny.state_dict()))
@@ -73,3 +84,18 @@ def test_detection_without_torch(name: str, checkpoint: Path, tiny, tmp_path: Pa
     (here,) = Detector(weights)(image, conf=0.01)
     assert len(here) and told["found"]["boxes"] == here.to_dict()["boxes"], "the same boxes as where PyTorch is"
     np.testing.assert_array_equal(here.image, render(0).image)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_detection_imports_no_torch_where_it_is(name: str, tiny, tmp_path: Path) -> None:
+    """It would take three times as long to start."""
+    pytest.importorskip(RUNTIMES[name])
+    weights, image = tmp_path / f"tiny{FORMATS[name].suffix}", tmp_path / "scene.png"
+    if FORMATS[name].is_folder:
+        weights.mkdir()
+    FORMATS[name].write(job_of(tiny), weights)
+    cv2.imwrite(str(image), render(0).image)
+    command = [sys.executable, "-c", WHERE_ALL_IS, *map(str, (weights, image, tmp_path / "runs"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0"

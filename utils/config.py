@@ -63,10 +63,10 @@ class DataOptions(DataRoot):
     single_cls: bool = option(False, "treat all classes as one")
 
 
-def for_next(options: TrainConfig | PruneConfig) -> str:
+def for_next(options: TrainConfig | PruneConfig | ExportConfig) -> str:
     """What the command that a script recommends as the next one must say too."""
     flags = [f" --{name.replace('_', '-')} {value}" for name in ("plugin", "data_root") if (value := getattr(options, name))]
-    return "".join(flags) + (" --single-cls" if options.single_cls else "")
+    return "".join(flags) + (" --single-cls" if getattr(options, "single_cls", False) else "")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def cpu_precision(name: PrecisionName) -> Literal["fp32", "bf16"]:
     """What convolutions and matrix products run in on this processor; auto: bf16 where it has it natively, else fp32.
 
     Raises:
-        UserError: fp16 is asked for.
+        UserError: fp16 is asked for, or there is no such precision.
     """
+    check_precision(name)
     if name == "fp16":
         raise UserError("--precision fp16 (--half) needs a CUDA device: on a CPU use auto, bf16 or fp32")
     if name == "auto":

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from utils.cpu import PrecisionName, cpu_name, cpu_precision
+from utils.cpu import PrecisionName, check_precision, cpu_name, cpu_precision
 from utils.errors import UserError
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -51,7 +51,11 @@ def compute_dtype(precision: PrecisionName, device: torch.device) -> torch.dtype
     """The type that convolutions and matrix products run in.
 
     auto: bf16 on CUDA devices and CPUs that have it natively, fp16 on older CUDA devices with tensor cores, else fp32.
+
+    Raises:
+        UserError: the device has no such precision.
     """
+    check_precision(precision)
     if device.type == "cpu":
         return DTYPE[cpu_precision(precision)]
     if precision == "auto":

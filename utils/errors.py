@@ -78,10 +78,10 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package in ("", "models", "utils"):
+            if (error.name or "").partition(".")[0] in ("", "models", "utils"):
                 raise
-            line = f"needs {package}: pip install -r requirements.txt" if package in _REQUIRED else f"needs {package}: pip install {package}"
+            line = (f"needs {error.name}: pip install -r requirements.txt" if error.name in _REQUIRED else
+                    f"needs the Python module {error.name}: install the package that has it")
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise

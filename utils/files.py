@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,20 @@ def is_writable(path: Path) -> bool:
     """Whether `path`, or the nearest folder above that exists, may be written to. A folder without a write bit is left alone even by root."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     return bool(existing.stat().st_mode & 0o222) and os.access(existing, os.W_OK)
+
+
+@contextmanager
+def discarded_if_refused(folder: Path, prepared: Collection[str]) -> Iterator[None]:
+    """A mistake that shows only within leaves no folder behind, unless it holds more than what was `prepared`, by name.
+
+    Several processes may do so at once.
+    """
+    try:
+        yield
+    except UserError:
+        if {path.name for path in folder.glob("*")} <= {*prepared}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:

@@ -24,7 +24,7 @@ class Hyp:
     lrf: float = _hyper(0.01, "last learning rate as a share of lr0", UNIT)
     momentum: float = _hyper(0.937, "SGD momentum, Adam beta1", (lambda v: 0 < v < 1, "must be above 0 and below 1"))
     weight_decay: float = _hyper(0.0005, "on weights only", NOT_NEGATIVE)
-    warmup_epochs: float = _hyper(3.0, "epochs of warm-up, at least 100 steps", NOT_NEGATIVE)
+    warmup_epochs: float = _hyper(3.0, "epochs of warm-up; at least 100 steps from three epochs on, in proportion below", NOT_NEGATIVE)
     warmup_momentum: float = _hyper(0.8, "momentum at the first step", UNIT)
     warmup_bias_lr: float = _hyper(0.1, "bias learning rate at the first step", NOT_NEGATIVE)
     box: float = _hyper(0.05, "gain of the box loss", NOT_NEGATIVE)

@@ -1,6 +1,7 @@
 """A comparison from its networks to its report; each network that fails costs its own row only."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,7 @@ class Comparison:
         Args:
             config: with its image size.
         """
+        config = dataclasses.replace(config, batches=tuple(sorted(set(config.batches))))
         self.config, self.networks = config, networks
         self.folder = Path(config.project).expanduser() / config.name
         self.rows = {entrant.name: Row(entrant) for entrant in entrants}
@@ -62,7 +64,7 @@ class Comparison:
         self.missing = self.remarks.copy() if config.runtimes else []  # of what was asked for
         self.hyp = load_hyp(config.hyp)
         self.splits = self._open_splits() if config.data else {}
-        self.data_key = {name: [split.fingerprint, fingerprint_files(split.images)] for name, split in self.splits.items()}
+        self.data_key = {name: [split.fingerprint, fingerprint_files(split.images, named=False)] for name, split in self.splits.items()}
         self.models = {}
         self.planned = plan_runs(entrants, config.seeds, self.folder) if config.data else []
         self.before = self._finished_before(entrants) if self.planned else []
@@ -138,7 +140,7 @@ class Comparison:
         left = []
         for run in sorted((run for run in (*self.planned, *self.before) if run.entrant.name in self.models), key=lambda run: run.seed):
             with _Blame(self.rows[run.entrant.name], f"seed {run.seed}: "):
-                if run.entrant.weights or run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
+                if run.is_finished(self.models[run.entrant.name].spec.to_dict(), self.hyp):
                     self._take(run)
                 else:
                     left.append(run)
@@ -205,7 +207,7 @@ class Comparison:
             trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, seeds))}"
             notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
-        order = [(runtime.name, batch) for runtime in self.runtimes for batch in sorted(set(config.batches))]
+        order = [(runtime.name, batch) for runtime in self.runtimes for batch in config.batches]
         write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, order, notes + self.remarks,
                      pictures=pictures and not config.noplots)
 

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from utils.compress.plan import Plan
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import warn
-
-FILE = "candidates.json"  # of a search, in its run's folder
 
 
 @dataclass(frozen=True)
@@ -92,17 +89,6 @@ class Search:
         content = {"settings": self.settings, "measured": self.measured, "candidates": [asdict(candidate) for candidate in self.candidates]}
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def discard_empty(folder: Path, prepared: Collection[str] = ()) -> None:
-    """Remove a run's folder if all that it holds, but for what was `prepared`, is a search that found no candidate: its budget can't be met."""
-    if {path.name for path in folder.glob("*")} - {*prepared} == {FILE}:
-        try:
-            empty = not json.loads((folder / FILE).read_text(encoding="utf-8"))["candidates"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if empty:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _candidate(content: Mapping[str, Any]) -> Candidate:

@@ -29,7 +29,11 @@ class ChannelGraph:
         norms: keys of the scales of norms.
     """
 
-    def __init__(self, trace: Trace, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, trace: Trace, shapes: Mapping[str, Sequence[int]], macs: int = 0) -> None:
+        """
+        Args:
+            macs: multiply-accumulates for the traced image. What of them is no layer's, such as products of attention, stays with any choice.
+        """
         self.uses, self.moves, self.layers, self.each, self.kept_whole = trace.uses, trace.moves, trace.layers, trace.each, trace.kept_whole
         self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
         self.count = 1 + max((int(dim.max()) for dims in self.uses.values() for dim in dims if dim is not None and len(dim)), default=0)
@@ -38,6 +42,7 @@ class ChannelGraph:
         # Weights of one dimension that are no layer's belong to norms.
         self.norms = [key for key, dims in self.uses.items() if key.endswith(".weight") and len(dims) == 1]
         self.everything = np.ones(self.count, bool)
+        self._other_macs = max(macs - self._layers_macs(self.everything), 0)
         # Key of the weights -> its outputs, of layers that lose none: an output, something that needs every channel, or a layer of an unknown kind.
         self.whole = {layer.weight: len(layer.outputs) for layer in self.layers if (layer.outputs == KEPT).all()}
         self.whole |= {key: shape[0] for key, shape in self.shapes.items()
@@ -53,7 +58,11 @@ class ChannelGraph:
         return keep
 
     def macs(self, keep: np.ndarray) -> int:
-        """Multiply-accumulates of convolutions, linear layers and norms for the traced image."""
+        """Multiply-accumulates for the traced image."""
+        return self._layers_macs(keep) + self._other_macs
+
+    def _layers_macs(self, keep: np.ndarray) -> int:
+        """Of convolutions, linear layers and norms."""
         total = sum(int(keep[channels].sum()) * work for channels, work in self.each)
         for layer in self.layers:
             c1, c2 = int(keep[layer.inputs].sum()), int(keep[layer.outputs].sum())

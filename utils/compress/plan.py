@@ -111,7 +111,7 @@ def check_reachable(least: float, target: float, what: str, noise: float = 0.0) 
     if least > target:
         digits = 100 if noise else 1000
         nearest = math.ceil(least * (1 + noise) * digits) / digits
-        if nearest >= 1:
+        if noise and nearest >= 1:
             raise UserError(f"{what} {target:g}: can't be reached: as measured now, even the least network takes {least:.2f} of the time")
         raise UserError(f"{what} {target:g}: can't be reached: {nearest:g} is the nearest that can be with this --min-ratio and --round-to"
                         f"{', as measured now' if noise else ''}")

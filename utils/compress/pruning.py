@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.compress.calibration import FEWEST
-from utils.compress.eagleeye import FILE, Candidate, Search
+from utils.compress.eagleeye import Candidate, Search
 from utils.compress.graph import ChannelGraph
 from utils.compress.importance import fpgm, gamma, l1, l2
 from utils.compress.norms import reestimate_norms
@@ -175,12 +175,15 @@ class Pruning:
             if kind != "latency":
                 check_reachable(self.costs[kind](self._make(0.0)), target, f"--target-{kind}")
             elif not _searches(config):  # a search measures it once
-                self._check_latency(self.costs[kind](self._make(0.0)), target)
+                self._least_latency(target)
         if config.ratio:
             self._check_ratio(self._make(1 - config.ratio))
 
-    def _check_latency(self, least: float, target: float) -> None:
+    def _least_latency(self, target: float) -> float:
+        """Of the least plan; refused where that is too slow."""
+        least = self.costs["latency"](self._make(0.0))
         check_reachable(least, target, "--target-latency", _LATENCY_NOISE)
+        return least
 
     def _check_ratio(self, plan: Plan) -> None:
         total = sum(len(group.channels) for group in self.graph.groups)
@@ -210,12 +213,12 @@ class Pruning:
         settings = {"weights": digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
                     "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
                     "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
-        search = Search(folder / FILE, settings)
+        search = Search(folder / "candidates.json", settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
         latency = target if kind == "latency" else None
         if latency:
-            self._check_latency(search.measure_once("least latency", lambda: self.costs["latency"](self._make(0.0))), latency)
+            search.measure_once("least latency", lambda: self._least_latency(latency))
             # Too slow to be met by each candidate: those cost the FLOPs of the uniform plan that meets it.
             kind, target = "flops", search.measure_once("flops", lambda: self.costs["flops"](self._within(self._make, "latency", latency)))
 

@@ -17,15 +17,15 @@ _FOLDER = ".light-yolo"
 _KEEP = 4  # cache files of one split: several class lists or formats in turn, without piling up
 
 
-def fingerprint_files(files: Iterable[str], *facts: object) -> str:
-    """A key of the paths, their sizes and times of change, and `facts`. Missing files count as missing."""
+def fingerprint_files(files: Iterable[str], *facts: object, named: bool = True) -> str:
+    """A key of the paths, if they are to be `named`, their sizes and times of change, and `facts`. Missing files count as missing."""
     lines = [repr(facts)]
     for path in files:
         try:
             stat = os.stat(path)
-            lines.append(f"{path}|{stat.st_size}|{stat.st_mtime_ns}")
+            lines.append(f"{path if named else ''}|{stat.st_size}|{stat.st_mtime_ns}")
         except OSError:
-            lines.append(path)
+            lines.append(path if named else "")
     return hashlib.blake2b("\n".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 

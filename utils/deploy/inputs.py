@@ -94,12 +94,13 @@ def _channels_last(tensor: Tensor) -> np.ndarray:
     given = _described("tensor", tuple(tensor.shape), tensor.dtype)
     if tensor.dim() not in (3, 4) or tensor.shape[-3] not in (1, 3, 4):
         raise ImageError(f"{given}: tensors are (3, H, W), or a batch (B, 3, H, W), RGB")
-    array = (tensor.float() if tensor.is_floating_point() else tensor).movedim(-3, -1).numpy(force=True)
-    if array.dtype == np.float32:
-        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+    if tensor.is_floating_point():
+        tensor = tensor.detach().float()
+        low, high = map(float, tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
             raise ImageError(f"{given}: its values go from {low:g} to {high:g}, where floats are 0 to 1: divide by 255, or give uint8")
-        return (array.clip(0, 1) * 255).round().astype(np.uint8)
+        tensor = tensor.clamp(0, 1).mul(255).round().byte()
+    array = tensor.movedim(-3, -1).numpy(force=True)
     if array.dtype != np.uint8:
         raise ImageError(f"{given}: tensors are uint8, or float in 0..1")
     return array

@@ -12,7 +12,7 @@ import numpy as np
 from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError, short_reason
-from utils.export.metadata import KEY, foreign_facts, metadata_from_props, tells_final_boxes
+from utils.export.metadata import FOREIGN_KEYS, KEY, foreign_facts, metadata_from_props, tells_final_boxes
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.export.tflite import TFLITE_SUFFIX, TfliteSession
@@ -206,10 +206,10 @@ def find_exported(path: str | Path) -> Path:
 
 
 def _beside(xml: Path) -> dict[str, str]:
-    """Names and stride of the YAML that YOLOv5 writes beside its OpenVINO models."""
+    """What can be told from the YAML that YOLOv5 writes beside its OpenVINO models."""
     files = sorted(xml.parent.glob("*.yaml"))
     content = read_yaml(files[0]) if len(files) == 1 else {}
-    return {key: repr(content[key]) for key in ("names", "stride") if key in content}
+    return {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
 
 
 def _image_shape(path: Path, shape: Shape | None) -> tuple[int | None, int | None, int | None]:

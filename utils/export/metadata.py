@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from utils.export.graph import Detector
 
+FOREIGN_KEYS = ("names", "stride", "args", "end2end")  # of other projects' files
 KEY = "light_yolo"  # of our own text; `names` and `stride` lie beside it as Python literals, for programs that read YOLOv5's files
 CONFIG = "config.txt"  # the text in which YOLOv5's TorchScript files tell their shape, stride and names, as JSON
 FORMAT, VERSION = "light-yolo export", 1
@@ -139,8 +140,8 @@ def stamp_openvino(model: openvino.Model, metadata: ExportMetadata) -> None:
 
 
 def openvino_props(model: openvino.Model) -> dict[str, str]:
-    """What `stamp_openvino` wrote, as far as it is there."""
-    return {key: str(model.get_rt_info([key]).value) for key in (KEY, "names", "stride") if model.has_rt_info([key])}
+    """What `stamp_openvino` wrote, or another project, as far as it is there."""
+    return {key: str(model.get_rt_info([key]).value) for key in (KEY, *FOREIGN_KEYS) if model.has_rt_info([key])}
 
 
 def _literal(text: str | None) -> Any:

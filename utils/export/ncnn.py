@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.errors import UserError
-from utils.export.metadata import KEY, metadata_from_props
+from utils.export.metadata import FOREIGN_KEYS, KEY, metadata_from_props
 from utils.export.sessions import Shape
 from utils.extras import import_extra
 from utils.files import read_yaml, write_yaml
@@ -43,7 +43,7 @@ class NcnnSession:
         if not weights.is_file():
             raise UserError(f"{path}: its weights {weights.name} are missing: keep the two files together")
         content = _beside(path)
-        self.props = {key: repr(content[key]) for key in ("names", "stride") if key in content}
+        self.props = {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
         if KEY in content:
             self.props[KEY] = json.dumps(content[KEY])
         metadata = metadata_from_props(self.props, str(path.with_name(_METADATA)))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
-from utils.export.metadata import CONFIG, KEY, metadata_from_props
+from utils.export.metadata import CONFIG, FOREIGN_KEYS, KEY, metadata_from_props
 from utils.export.sessions import Shape, short_reason
 from utils.extras import import_extra
 
@@ -49,7 +49,7 @@ class TorchscriptSession:
             raise UserError(f"{path}: PyTorch can't load it, it may be cut off or of a newer PyTorch: {short_reason(error)}") from None
         config = _config(texts.get(CONFIG, ""))
         self.props = {KEY: texts[KEY]} if KEY in texts else {}
-        self.props |= {key: repr(config[key]) for key in ("names", "stride") if key in config}
+        self.props |= {key: repr(config[key]) for key in FOREIGN_KEYS if key in config}
         metadata = metadata_from_props(self.props, str(path))
         self.inputs, self.outputs = _shape(config, free=bool(metadata and metadata.dynamic)), (None, None, None)
         self.dtype = np.dtype(np.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import DEFAULT_IMGSZ
-from utils.cpu import PrecisionName, check_precision, cpu_precision
+from utils.cpu import PrecisionName, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
 from utils.export.backends import is_exported, open_network
@@ -114,7 +114,6 @@ def open_exported(
         find_file(weights, [ROOT], "weights file")
         raise UserError(f"{weights}: is no exported file, and a checkpoint needs PyTorch ({_NEEDS_TORCH}); export.py makes files of it that run "
                         "without")
-    check_precision(precision)
     check_cpu(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)

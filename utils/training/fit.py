@@ -288,11 +288,12 @@ def _eta(state: TrainState, epochs: int, limit_s: float) -> str:
 
 
 def write_results(path: Path, history: list[dict[str, float]]) -> None:
-    """results.csv from its rows: always whole, and the same after a resume."""
+    """results.csv from its rows: always whole, and the same after a resume. What there is none of, such as a mean over nothing, is left empty."""
     columns = list(dict.fromkeys(key for row in history for key in row))
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in history)
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items() if not math.isnan(value)}
+                         for row in history)
         file.flush()
         os.fsync(file.fileno())

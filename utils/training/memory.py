@@ -1,7 +1,8 @@
-"""How much memory a training batch takes: measured on two images, before the run starts."""
+"""How much memory a training batch takes: measured on a few images, before the run starts."""
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +13,39 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.log import info, warn
 
-_PROBE_IMAGES = 2
 _USABLE = 0.85  # of the free memory
 _OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; of trainings of this family on a CPU
 _LARGEST = 512
 
 
-def bytes_per_image(model: nn.Module, imgsz: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
-    """What autograd keeps for one image's backward pass, with an allowance for what lives beside it. The model is left as it was."""
+class StepMemory(NamedTuple):
+    """What autograd keeps for a backward pass, in bytes."""
+
+    once: int  # however many images there are: copies of the weights, as autocast's or rounded ones
+    image: int  # for each, with an allowance for what lives beside it
+
+
+def step_memory(model: nn.Module, imgsz: int, device: torch.device, dtype: torch.dtype = torch.float32) -> StepMemory:
+    """Measured on two images and on three, whose difference is an image's. The model is left as it was."""
     probe = copy.deepcopy(model).train()
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    images = torch.full((_PROBE_IMAGES, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
-        outputs = probe(images)
     own = {p.untyped_storage().data_ptr() for p in probe.parameters()}
-    # Autocast keeps its copies of the weights once, however many images there are.
-    copies = 0 if dtype == torch.float32 else sum(p.numel() * dtype.itemsize for p in probe.parameters() if p.ndim > 1)
-    maps = sum(o.numel() * o.element_size() for o in outputs)
-    saved = sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
-    return max(int((saved + maps - copies) / _PROBE_IMAGES * _OVERHEAD), 1)
+
+    def kept_bytes(count: int) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = torch.full((count, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
+            outputs = probe(images)
+        maps = sum(o.numel() * o.element_size() for o in outputs)
+        return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own) + maps
+
+    two, three = kept_bytes(2), kept_bytes(3)
+    return StepMemory(max(3 * two - 2 * three, 0), max(int((three - two) * _OVERHEAD), 1))
 
 
 def fit_batch(
@@ -53,8 +62,8 @@ def fit_batch(
     if batch_size != -1 and batch_size % world.size:
         raise UserError(f"--batch-size {batch_size} counts the images of all {world.size} processes: use a multiple of {world.size}")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes() // world.size
-    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
-    each = bytes_per_image(model, imgsz, device, dtype)
+    once, each = step_memory(model, imgsz, device, dtype)
+    state = once + 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # gradients, momentum, average, and a copy on saving
     counts = (int((free * _USABLE - state) / each), int((free - state) / each * _OVERHEAD)) if free else (_LARGEST, _LARGEST)
     fits, may_fit = (max(min(of_all), 0) * world.size for of_all in zip(*world.gather(counts), strict=True))
     if batch_size == -1:

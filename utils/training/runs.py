@@ -3,9 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,9 @@ from utils.training.state import TrainState
 _AFTER_PRUNING = "hyp.finetune.yaml"
 _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project",
                "precision"}
+
+
+PREPARED = ("opt.yaml", "hyp.yaml")  # what `create_folder` puts into a run's folder
 
 
 @dataclass(frozen=True)
@@ -121,23 +121,10 @@ def resumed_run(given: dict[str, Any]) -> Run:
     return Run(config, hyp_from_dict(state.hyp, str(last)), folder.parent, checkpoint, state)
 
 
-@contextmanager
-def discarded_if_refused(folder: Path) -> Iterator[None]:
-    """A mistake that shows only now leaves no folder behind, unless it holds more than `create_folder` has put there.
-
-    Several processes may do so at once.
-    """
-    try:
-        yield
-    except UserError:
-        if {path.name for path in folder.glob("*")} <= {"opt.yaml", "hyp.yaml"}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def create_folder(run: Run, config: TrainConfig) -> Path:
     """The run's folder, with opt.yaml (`config` as it turned out) and hyp.yaml in it."""
     folder = run.folder or new_run_dir(config.project, config.name, config.exist_ok)
-    write_yaml(folder / "opt.yaml", {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()})
-    write_yaml(folder / "hyp.yaml", dataclasses.asdict(run.hyp))
+    opt, hyp = PREPARED
+    write_yaml(folder / opt, {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()})
+    write_yaml(folder / hyp, dataclasses.asdict(run.hyp))
     return folder

@@ -48,7 +48,7 @@ class TrainState:
             state.gammas = torch.as_tensor(state.gammas).tolist()
             state.history = unpack_rows(state.history)
             return state
-        except TypeError as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{origin}: its training state is of another version: {error}: start anew with --weights {origin}") from None
 
 
