@@ -37,6 +37,8 @@ from utils.compress.plan import Limits, best_of, macs_share, meet, random_shares
 from utils.compress.pruning import Pruning, _even, open_slices
 from utils.compress.report import save_pruned
 from utils.config import PruneConfig, TrainConfig
+from utils.data.dataset import TrainDataset, scaled_sizes
+from utils.data.imagecache import ImageCache
 from utils.data.open import val_loader
 from utils.errors import UserError
 from utils.evaluate.validate import validate
@@ -160,6 +162,15 @@ def test_without_a_search_nothing_is_scored_on(place: Path, tmp_path: Path, capf
         open_slices(split.take(range(7)), PruneConfig(method="l1", data="few.yaml"), 64, 32)
 
 
+def test_norms_are_estimated_on_what_a_training_sees(tmp_path: Path) -> None:
+    split = picture_split(tmp_path, [(64, 48)] * 20)
+    batches = open_slices(split, PruneConfig(method="l1", calib=20), 64, 32).estimation
+    assert [tuple(batch.shape) for batch in batches] == [(10, 3, 64, 64)] * 2
+    own = open_slices(split, PruneConfig(method="l1", calib=20), 64, 32).estimation_split
+    trained = TrainDataset(own, 64, Hyp(), ImageCache(scaled_sizes(own, 64), "none", 0))
+    torch.testing.assert_close(torch.cat(batches)[3], torch.from_numpy(trained[0, 3].image.copy()).permute(2, 0, 1))
+
+
 def test_slimming_from_training_to_what_is_left(place: Path) -> None:
     training = ["--weights", str(place / "tiny.pt"), "--data", str(place / "tiny_data.yaml"), "--imgsz", "64", "--epochs", "2",
                 "--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--workers", "0", "--noplots", "--project", str(place / "train")]
@@ -205,13 +216,13 @@ def test_candidates_are_scored_with_norms_of_their_own_on_images_held_out(place:
     assert run(place, "--target-flops", "0.5", "--candidates", "6", "--name", "scored", "--noplots") == 0
     assert len(seen) == 6 and len(list((place / "runs" / "scored" / "plans").iterdir())) == 5, "the five best"
     for pruning, model in seen[:2]:
-        estimation, held = ({image.numpy().tobytes() for batch in batches for image in batch} for batches in (
-            pruning.slices.estimation, [batch.images for batch in pruning.slices.held_out]))
-        assert len(estimation) == len(held) == 10 and not estimation & held
+        slices = pruning.slices
+        own, held = set(slices.estimation_split.images), set(slices.held_out_split.images)
+        assert len(own) == len(held) == 10 == sum(len(batch.images) for batch in slices.held_out) and not own & held
         by_hand = copy.deepcopy(model)
         for norm in (m for m in by_hand.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.reset_running_stats()
-        reestimate_norms(by_hand, (to_input(images, CPU) for images in pruning.slices.estimation))
+        reestimate_norms(by_hand, (to_input(images, CPU) for images in slices.estimation))
         assert same(by_hand, model), "the statistics are of the pruned network"
 
 

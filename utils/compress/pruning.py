@@ -32,12 +32,16 @@ from utils.compress.plan import (
     uniform,
 )
 from utils.config import PruneConfig
+from utils.data.dataset import TrainDataset, scaled_sizes
+from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
+from utils.data.loader import EpochBatches, make_loader
 from utils.data.open import val_loader
 from utils.device import PRECISION, compute_dtype
 from utils.errors import UserError
 from utils.evaluate.validate import validate
 from utils.files import read_yaml, write_yaml
+from utils.hyp import Hyp
 from utils.log import info, warn
 from utils.network import to_input
 
@@ -72,10 +76,11 @@ def check_settings(config: PruneConfig) -> None:
 
 
 class Slices(NamedTuple):
-    """Training images, letterboxed, that a pruning looks at."""
+    """Training images that a pruning looks at."""
 
-    estimation: list[Tensor]  # batches (B, 3, H, W) uint8 for the batch norms
-    held_out: list[Any]  # batches to score on
+    estimation_split: Split
+    estimation: list[Tensor]  # its batches (B, 3, H, W) uint8 for the batch norms, augmented
+    held_out: list[Any]  # batches to score on, letterboxed
     held_out_split: Split
     imgsz: int
 
@@ -98,9 +103,16 @@ def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> S
             info(f"{total} training images: {first} for the batch norms and {total - first} to score on")
     order = np.random.default_rng(config.seed).permutation(total).tolist()
     own, held = split.take(order[:first]), split.take(order[first : first + config.held_out] if searches else [])
-    batches, held_batches = (list(val_loader(part, imgsz, _even(len(part.images)), stride, 0, torch.device("cpu"))) if part.images else []
-                             for part in (own, held))
-    return Slices([batch.images for batch in batches], held_batches, held, imgsz)
+    held_batches = list(val_loader(held, imgsz, _even(len(held.images)), stride, 0, torch.device("cpu"))) if held.images else []
+    return Slices(own, _augmented(own, imgsz, config.seed), held_batches, held, imgsz)
+
+
+def _augmented(split: Split, imgsz: int, seed: int) -> list[Tensor]:
+    """Batches (B, 3, imgsz, imgsz) uint8, as a training sees them: a network expects its norms' statistics of those, and mosaics have others."""
+    images = ImageCache(scaled_sizes(split, imgsz), "auto", memory_limit("auto", 1))
+    dataset = TrainDataset(split, imgsz, Hyp(), images, seed)
+    order = EpochBatches(np.arange(len(dataset)), _even(len(dataset)))
+    return [batch.images for batch in make_loader(dataset, order, 0, pin_memory=False)]
 
 
 def _even(images: int) -> int:
