@@ -16,8 +16,10 @@ from transplant import lived_in
 from models.narrow import narrow
 from models.prune import channel_graph, remove_channels
 from models.spec import load_spec
+from models.summary import count_gflops
 from models.yolo import DetectionModel
-from utils.compress.trace import KEPT
+from utils.compress.graph import ChannelGraph
+from utils.compress.trace import KEPT, trace_channels
 
 FILES = sorted(Path(__file__).resolve().parents[1].glob("models/**/*.yaml"))
 LIGHT = ["yolov5n", "yolov5s-ghost", "yolov5s-shuffle", "yolov5n-ghostnet-0.5x", "yolov5n-mobilenetv3-small", "yolov5n-shufflenetv2-0.5x",
@@ -236,6 +238,20 @@ def test_every_block_loses_channels(name: str, tmp_path: Path) -> None:
     model = lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2)))
     assert channel_graph(model).kept_whole.keys() - {f"model.{last + 1}"} == KEPT_WHOLE.get(name, set()), "but for Detect"
     check_model(check_model(model, 0), 1)
+
+
+def test_products_within_attention_stay(tmp_path: Path):
+    rows = [*([-1, 1, "Conv", [32, 3, 2]] for _ in range(3)), [-1, 1, "C3TR", [32]]]
+    content = {"nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": 3, "backbone": rows, "head": [[[3], 1, "Detect", ["nc", "anchors"]]]}
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(content))
+    model = lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2)))
+    graph = channel_graph(model, 256)
+    keep = graph.keep({group.name: np.arange(len(group.channels)) % 2 == 0 for group in graph.groups})
+    left = remove_channels(model, graph, keep)
+    assert count_gflops(left, 256) < 0.9 * count_gflops(model, 256)
+    for network, chosen in ((model, graph.everything), (left, keep)):
+        assert 2 * graph.macs(chosen) / 1e9 == pytest.approx(count_gflops(network, 256), rel=2e-3)
+    assert graph.macs(graph.everything) > 1.05 * ChannelGraph(trace_channels(model, torch.zeros(1, 3, 256, 256)), graph.shapes).macs(graph.everything)
 
 
 @pytest.mark.parametrize("name", ["yolov5s-shuffle", "yolov5n-ghost"])
