@@ -299,7 +299,7 @@ def test_what_it_wrote_goes_on_to_every_script(place: Path) -> None:
     assert train.main(["--weights", str(pruned), *(word for word in training if word not in ("--imgsz", "64")), "--name", "tuned"]) == 0
     weights = place / "train" / "tuned" / "weights"
     settings = load_checkpoint(weights / "last.pt").training
-    assert settings["hyp"]["lr0"] == load_hyp("hyp.finetune.yaml").lr0 and settings["config"]["imgsz"] == 64  # of what was pruned
+    assert Hyp(**settings["hyp"]) == load_hyp("hyp.finetune.yaml") != Hyp() and settings["config"]["imgsz"] == 64  # of what was pruned
     assert train.main(["--resume", str(weights / "last.pt"), "--epochs", "2"]) == 0
     assert load_checkpoint(weights / "best.pt").spec["widths"] == widths
     assert train.main(["--cfg", str(pruned.with_suffix(".yaml")), *training, "--name", "scratch"]) == 0
