@@ -279,7 +279,7 @@ import os, sys, torch
 import utils.helper   # before ours
 before = list(sys.path), os.getcwd(), dict(os.environ)
 model = torch.hub.load({root!r}, "custom", path={weights!r}, source="local", device="cpu", _verbose=False, plugin="blocks.py")
-detector = torch.hub.load({root!r}, "Detector", {weights!r}, source="local")
+detector = torch.hub.load({root!r}, "Detector", {weights!r}, source="local", precision="fp32")
 assert sys.path == before[0] and os.getcwd() == before[1]
 import models.net   # after ours
 assert sys.modules["utils"] is utils and sys.modules["utils.helper"] is utils.helper
