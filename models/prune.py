@@ -29,7 +29,7 @@ def channel_graph(model: DetectionModel, imgsz: int = 0) -> ChannelGraph:
     side = max(imgsz, 2 * model.max_stride)
     image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    return ChannelGraph(trace_channels(model, image), shapes, int(count_macs(model, image)))
+    return ChannelGraph(trace_channels(model, image), shapes, int(count_macs(model, image)) if imgsz else 0)
 
 
 def remove_channels(model: DetectionModel, graph: ChannelGraph, keep: np.ndarray) -> DetectionModel:
