@@ -219,6 +219,7 @@ def test_candidates_are_scored_with_norms_of_their_own_on_images_held_out(place:
         slices = pruning.slices
         own, held = set(slices.estimation_split.images), set(slices.held_out_split.images)
         assert len(own) == len(held) == 10 == sum(len(batch.images) for batch in slices.held_out) and not own & held
+        assert sum(map(len, slices.estimation)) == 10
         by_hand = copy.deepcopy(model)
         for norm in (m for m in by_hand.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.reset_running_stats()

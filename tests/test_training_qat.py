@@ -313,7 +313,7 @@ def test_the_file_computes_what_training_saw(kind: str, activation: str, block: 
     file = torch.as_tensor(open_network(files.write(()))(pictures))
     exact, seen = (model.decode(model(pictures))[..., 4:] for model in (network, rounded(network, ranges)))
     far, near = (sqnr_db(reference, file[..., 4:]) for reference in (exact, seen))
-    assert far < 50 and near > (60 if block == "Conv" or kind == "openvino" else far + 6)
+    assert far < 50 and near > (60 if block == "Conv" or kind == "openvino" else max(far + 6, 48))
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
