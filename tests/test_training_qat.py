@@ -33,7 +33,7 @@ from utils.files import ROOT
 from utils.hyp import Hyp
 from utils.training import fit
 from utils.training.loss import DetectionLoss
-from utils.training.memory import step_memory
+from utils.training.memory import _OVERHEAD, step_memory
 from utils.training.qat import QuantizationAware
 from utils.training.runs import new_run
 from utils.training.state import unpack_rows
@@ -196,7 +196,7 @@ def test_memory_is_that_of_rounding():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
             learner(torch.rand(images, 3, SIDE, SIDE))
         kept.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
-    assert rounding > 1.2 * plain and 0.9 < rounding / (kept[1] - kept[0]) < 1.6, "with its allowance"
+    assert rounding > 1.25 * plain and rounding / (kept[1] - kept[0]) == pytest.approx(_OVERHEAD, rel=0.1), "but for the maps that it puts out"
 
 
 def test_what_the_flag_alone_does(place: Path):
