@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         slices = open_slices(split, config, imgsz, model.pad_stride)
     graph = channel_graph(model, imgsz)
     pruning = Pruning(config, model, graph, remove_channels, slices, latency_share(model, graph, imgsz))
+    is_new = not (config.exist_ok and (Path(config.project).expanduser() / config.name).exists())
     folder = new_run_dir(config.project, config.name, config.exist_ok)
     whole, pruned = Entrant("before", weights=config.weights), Entrant("pruned", weights=str(folder / _PRUNED))
     costs = CompareConfig(weights=(whole.weights, pruned.weights), data=config.data, data_root=config.data_root, imgsz=imgsz, batches=(1,),
                           runtimes=("PyTorch fp32",), device=config.device, precision=config.precision, workers=config.workers,
                           single_cls=config.single_cls, noplots=config.noplots, project=str(folder), name="comparison")
     comparison = Comparison(costs, [whole, pruned], profile)  # refuses another comparison's folder before anything in it is replaced
-    with discarded_if_refused(folder, (costs.name,)):
+    with discarded_if_refused(folder, (costs.name,) if is_new else ()):
         plan, left = pruning.run(folder)
     save_pruned(folder / _PRUNED, left, imgsz)
     report(pruning, plan, folder)

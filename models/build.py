@@ -77,12 +77,12 @@ def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], coarsest: int) ->
     """
     first = None
     for stride in (coarsest, 2 * coarsest, 4 * coarsest):
-        odd = _DRY_RUN_PX // stride | 1  # multiples, at least as large as the image that the rows are known to take
-        try:
-            _dry_run(spec, modules, odd * stride, (odd + 2) * stride)
-            return stride
-        except UserError as error:
-            first = first or error
+        for odd in (3, _DRY_RUN_PX // stride | 1):  # multiples: few, which are soon run; as large as the image that the rows are known to take
+            try:
+                _dry_run(spec, modules, odd * stride, (odd + 2) * stride)
+                return stride
+            except UserError as error:
+                first = first or error
     raise first
 
 

@@ -23,7 +23,7 @@ def channel_graph(model: DetectionModel, imgsz: int = 0) -> ChannelGraph:
     """The removable channels of a detector, and what each costs.
 
     Args:
-        imgsz: pixels that costs are of: a squeeze-and-excitation block costs the same at any size, all else grows with it. 0: no matter.
+        imgsz: pixels that costs are of: convolutions grow with it, squeeze-and-excitation doesn't, attention's products grow faster. 0: no matter.
     """
     model = model.eval()
     side = max(imgsz, 2 * model.max_stride)

@@ -44,10 +44,11 @@ class Timm(Backbone):
         for module in self.net.modules():
             # A branch that is a norm alone is made a convolution of as many channels as its block had when it was made, which narrowing doesn't know.
             sizes = {child.num_features for child in module.children() if isinstance(child, nn.BatchNorm2d)}
-            before = getattr(module, "in_channels", None)
-            if hasattr(module, "reparameterize") and isinstance(before, int) and len(sizes) == 1:
-                (module.in_channels,) = sizes
-                module.groups = module.in_channels if module.groups == before else module.groups
+            if hasattr(module, "reparameterize") and len(sizes) == 1:
+                (channels,) = sizes
+                for name in ("in_channels", "groups"):
+                    if isinstance(getattr(module, name, None), int):
+                        setattr(module, name, min(getattr(module, name), channels))
         import_extra("timm").utils.reparameterize_model(self.net, inplace=True)
 
     def _pretrained(self, **source: Any) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from tiny import ANCHORS
 from torch import Tensor, nn
 from transplant import lived_in
 
+from models.fuse import fuse
 from models.narrow import narrow
 from models.prune import channel_graph, remove_channels
 from models.spec import load_spec
@@ -238,6 +239,22 @@ def test_every_block_loses_channels(name: str, tmp_path: Path) -> None:
     model = lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2)))
     assert channel_graph(model).kept_whole.keys() - {f"model.{last + 1}"} == KEPT_WHOLE.get(name, set()), "but for Detect"
     check_model(check_model(model, 0), 1)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "ghostnetv3_100"])
+def test_what_is_left_of_timms_branches_is_merged(name: str, tmp_path: Path):
+    """A branch that is a norm alone has the channels that are left, not those that its block was made with."""
+    rows = [[-1, 1, "Timm", [name, {"out": [2, 3, 4]}]], *([0, 1, "Level", [n]] for n in range(3))]
+    content = {"nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": ANCHORS, "backbone": rows,
+               "head": [[[1, 2, 3], 1, "Detect", ["nc", "anchors"]]]}
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(content))
+    torch.manual_seed(0)
+    left = check_model(lived_in(DetectionModel(load_spec(tmp_path / "net.yaml", 2))), 0)
+    folded = fuse(left)
+    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    images = torch.rand(1, 3, 64, 96)
+    for a, b in zip(features(folded, images), features(left, images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 def test_products_within_attention_stay(tmp_path: Path):

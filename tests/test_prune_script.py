@@ -248,6 +248,11 @@ def test_a_latency_that_cannot_be_reached(place: Path, monkeypatch: pytest.Monke
         assert run(place, "--method", method, "--target-latency", "0.5", "--name", f"latency-{method}", "--noplots") == 2
         assert re.search(r"--target-latency 0.5: can't be reached: 0\.8\d is the nearest .*, as measured now", capfd.readouterr().err)
         assert not (place / "runs" / f"latency-{method}").exists()
+    kept = place / "runs" / "earlier" / "comparison" / "runs" / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert run(place, "--method", "eagleeye", "--target-latency", "0.5", "--name", "earlier", "--noplots", "--exist-ok") == 2
+    assert "can't be reached" in capfd.readouterr().err and kept.exists(), "was there before"
 
 
 def test_a_search_by_latency_goes_on_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

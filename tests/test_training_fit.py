@@ -343,6 +343,11 @@ def test_weights_are_no_part_of_an_image(tmp_path: Path) -> None:
     assert plain.once < 0.05 * copied and bf16.once == pytest.approx(2 * copied, rel=0.02)
     assert rounded.once == pytest.approx(5 * copied, rel=0.02), "float32, and which lie beyond the range"
     assert bf16.image == pytest.approx(plain.image / 2, rel=0.02) and step_memory(wide, 128, CPU).image == pytest.approx(4 * plain.image, rel=0.02)
+    seen = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda _, inputs: seen.extend(i.shape for i in inputs if torch.is_tensor(i))):
+        large = step_memory(wide, 512, CPU, torch.bfloat16)
+    assert large.once == bf16.once and large.image == pytest.approx(64 * bf16.image, rel=0.02)
+    assert {shape[0] for shape in seen if shape[-1] == 512} == {2}, "no more of the large ones at once than norms want"
 
 
 def test_image_chances():

@@ -108,7 +108,10 @@ def open_slices(split: Split, config: PruneConfig, imgsz: int, stride: int) -> S
 
 
 def _augmented(split: Split, imgsz: int, seed: int) -> list[Tensor]:
-    """Batches (B, 3, imgsz, imgsz) uint8, as a training sees them: a network expects its norms' statistics of those, and mosaics have others."""
+    """Batches (B, 3, imgsz, imgsz) uint8, as a training with the default hyperparameters sees them.
+
+    A network expects its norms' statistics of those, and mosaics have others than plain images.
+    """
     images = ImageCache(scaled_sizes(split, imgsz), "auto", memory_limit("auto", 1))
     dataset = TrainDataset(split, imgsz, Hyp(), images, seed)
     order = EpochBatches(np.arange(len(dataset)), _even(len(dataset)))
@@ -224,7 +227,7 @@ class Pruning:
         (kind, target), config = self._budget(), self.config
         settings = {"weights": digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
                     "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
-                    "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
+                    "norms": "augmented", "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
         search = Search(folder / "candidates.json", settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)

@@ -16,6 +16,7 @@ from utils.log import info, warn
 _USABLE = 0.85  # of the free memory
 _OVERHEAD = 1.35  # gradients and workspace that live beside the saved activations; of trainings of this family on a CPU
 _LARGEST = 512
+_PROBE_PX = 256  # the strides of any head up to P8 divide it
 
 
 class StepMemory(NamedTuple):
@@ -26,11 +27,14 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(model: nn.Module, imgsz: int, device: torch.device, dtype: torch.dtype = torch.float32) -> StepMemory:
-    """Measured on two images and on three, whose difference is an image's. The model is left as it was."""
+    """Measured on two images of that size (norms want two), and on two and three small ones for what doesn't grow with images.
+
+    The model is left as it was.
+    """
     probe = copy.deepcopy(model).train()
     own = {p.untyped_storage().data_ptr() for p in probe.parameters()}
 
-    def kept_bytes(count: int) -> int:
+    def kept_bytes(count: int, side: int) -> int:
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -38,14 +42,15 @@ def step_memory(model: nn.Module, imgsz: int, device: torch.device, dtype: torch
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        images = torch.full((count, 3, imgsz, imgsz), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+        images = torch.full((count, 3, side, side), 0.5, device=device).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
             outputs = probe(images)
         maps = sum(o.numel() * o.element_size() for o in outputs)
         return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own) + maps
 
-    two, three = kept_bytes(2), kept_bytes(3)
-    return StepMemory(max(3 * two - 2 * three, 0), max(int((three - two) * _OVERHEAD), 1))
+    small = min(imgsz, _PROBE_PX)
+    once = max(3 * kept_bytes(2, small) - 2 * kept_bytes(3, small), 0)
+    return StepMemory(once, max(int((kept_bytes(2, imgsz) - once) / 2 * _OVERHEAD), 1))
 
 
 def fit_batch(
