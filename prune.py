@@ -1,7 +1,7 @@
 """Remove channels of a trained network; what is left trains, validates, detects, is compared and pruned again like any other.
 
     python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5
-    python prune.py --weights best.pt --data bccd.yaml --target-flops 0.5 --plan runs/prune/exp/plans/2.yaml
+    python prune.py --weights best.pt --data bccd.yaml --plan runs/prune/exp/plans/2.yaml
     python prune.py --weights best.pt --method l1 --ratio 0.3
     python train.py --weights runs/prune/exp/pruned.pt --data bccd.yaml --epochs 50
 

@@ -1,6 +1,7 @@
 """What README, docs and the heads of files tell users to type and to open is there."""
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import picture_split
 
 import export
 from models.detector import Detector
+from utils.compress.pruning import check_settings
 from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig
 from utils.files import ROOT
 from utils.flags import parse_given
@@ -42,7 +45,10 @@ def commands(path: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("path", [*PAGES, *(ROOT / f"{name}.py" for name in CONFIGS)], ids=lambda path: path.name)
 def test_commands_are_understood(path: Path) -> None:
     for script, flags in commands(path):
-        assert parse_given(CONFIGS[script], shlex.split(flags, comments=True), ""), flags
+        given = parse_given(CONFIGS[script], shlex.split(flags, comments=True), "")
+        assert given, flags
+        if script == "prune":
+            check_settings(PruneConfig(**given))
 
 
 def test_there_are_commands_to_understand() -> None:
@@ -54,6 +60,43 @@ def test_there_are_commands_to_understand() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
         assert re.match(r"https?://", target) or (path.parent / target).exists(), target
+
+
+QUICKLY = {
+    "train": ["--epochs", "1", "--imgsz", "64", "--batch-size", "8", "--workers", "0", "--noplots"], "val": ["--workers", "0"], "detect": [],
+    "compare": ["--epochs", "1", "--imgsz", "64", "--batches", "1", "--workers", "0"], "prune": ["--candidates", "2", "--workers", "0"],
+    "quantize": ["--calib", "8"], "export": [],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_readme_from_top_to_bottom(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command on a set of one's own, in the order of the page and in one folder, finds what those before it wrote."""
+    for package in ("onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
+    split_folders = [tmp_path / "my_set" / "images" / name for name in ("train", "val")]
+    for folder in split_folders:
+        labels = tmp_path / "my_set" / "labels" / folder.name
+        folder.mkdir(parents=True), labels.mkdir(parents=True)
+        split = picture_split(folder, [(64, 64)] * 16)
+        for image, rows in zip(split.images, split.boxes, strict=True):
+            np.savetxt(labels / f"{Path(image).stem}.txt", rows, "%d %.4f %.4f %.4f %.4f")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (spec,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_set.yaml").write_text(spec)
+    shutil.copy(shared / "weights" / "yolov5n.pt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for line in "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines():
+        found = COMMAND.match(line.strip())
+        if not found or "my_set" not in line or line.startswith("torchrun"):
+            continue
+        flags = shlex.split(found[2], comments=True)
+        quickly = ["--workers", "0"] if "--formats" in flags else QUICKLY[found[1]]
+        seeds = ["--seeds", "0"] if "--seeds" in flags else []
+        assert importlib.import_module(found[1]).main([*flags, *quickly, *seeds]) == 0, line
+        ran.append(found[1])
+    assert set(ran) == set(CONFIGS)
 
 
 @pytest.mark.parametrize("image", ["bus.jpg", "zidane.jpg"])
