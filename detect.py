@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data)
     if config.augment:
         weights = weights.augmented()
-    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
-    imgsz = weights.image_size(config.imgsz)
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
+    weights.tell_limits(options)
+    imgsz = weights.image_size(config.imgsz)
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)

@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
-    weights.tell_limits(config.conf_thres, config.iou_thres, config.max_det)
+    nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
+    weights.tell_limits(nms)
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)
     loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, weights.device)
     network = (weights.augmented() if config.augment else weights).network
-    nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
 
     result = validate(network, loader, split, weights.device, weights.dtype, nms, single_cls=config.single_cls)
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))

@@ -105,7 +105,7 @@ class Detector:
     def run(self, pictures: Iterable[Picture], options: NmsOptions, imgsz: int | Sequence[int] | None = None) -> list[Result]:
         """`__call__` on images that are pixels already, with settings that are checked."""
         weights = self.weights
-        weights.tell_limits(options.conf_thres, options.iou_thres, options.max_det)
+        weights.tell_limits(options)
         predictor = Predictor(weights.runner, weights.names, weights.pad_stride, weights.image_size(_sides(imgsz)), options)
         return [dataclasses.replace(predictor(image), path=path) for path, image in pictures]
 

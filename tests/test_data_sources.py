@@ -1,8 +1,10 @@
 """Everything detect reads, and the video that it writes. Frames carry their number, so that order and count are checked."""
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
+import re
 import shutil
 import sys
 import threading
@@ -225,9 +227,62 @@ def test_truncated_video_gives_what_it_has_and_says_so(tmp_path, capsys):
     assert f"broken off after frame {len(numbers)} of 60" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_damaged_frames_in_the_middle_cost_themselves_only(tmp_path, capsys, stride):
+    path = _video(tmp_path / "v.mp4", count=40)
+    data = bytearray(path.read_bytes())
+    whole = cv2.VideoCapture(str(path))
+    start = data.index(b"mdat") + 4
+    end = data.find(b"moov", start)
+    middle = (start + end) // 2 if end > 0 else len(data) // 2
+    data[middle : middle + len(data) // 10] = bytes(len(data) // 10)
+    path.write_bytes(data)
+    capture, decoded = cv2.VideoCapture(str(path)), 0
+    for _ in range(200):
+        decoded += capture.grab()
+    with open_source(str(path), vid_stride=stride) as source:
+        seen = [f.index for f in source]
+        assert source.missed == 1
+    assert whole.get(cv2.CAP_PROP_FRAME_COUNT) == 40 and 20 < decoded < 40
+    assert seen == list(range(len(seen))) and abs(len(seen) * stride - decoded) <= 2 * stride + (40 - decoded if stride > 1 else 0)
+    lost = re.search(r"v\.mp4: (\d+) of its frames are damaged and left out", capsys.readouterr().err)
+    assert int(lost[1]) + decoded == 40
+
+
+def test_a_video_of_uneven_frames_is_whole(monkeypatch, tmp_path, capsys):
+    """Its container tells seconds, of which OpenCV makes a number of frames."""
+    path = _video(tmp_path / "v.mp4", count=20)
+
+    class Uneven:
+        def __init__(self, *_):
+            self.capture = cv2.VideoCapture(str(path))
+
+        def get(self, what):
+            times = {cv2.CAP_PROP_FRAME_COUNT: 4, cv2.CAP_PROP_POS_MSEC: 4}
+            return self.capture.get(what) * times.get(what, 1)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+    monkeypatch.setattr(sources, "_capture", lambda address: contextlib.nullcontext(Uneven()))
+    with open_source(str(path)) as source:
+        assert len(list(source)) == 20 and source.missed == 0
+    assert "broken off" not in capsys.readouterr().err
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    _video(tmp_path / "2024-05-01T10:30:00.mp4", 5)
+    monkeypatch.chdir(tmp_path)
+    with open_source("2024-05-01T10:30:00.mp4") as source:
+        assert [frame.path for frame in source] == ["2024-05-01T10:30:00.mp4"] * 5
+    with VideoWriter("exp:1/out.mp4", 25, (64, 48)) as video:
+        video.write(_numbered(0))
+    assert (tmp_path / "exp:1" / "out.mp4").exists()
+
+
 def test_errors_of_the_thread_reach_the_consumer(tmp_path, monkeypatch):
     def broken(*_):
-        yield _numbered(0), sources.VideoInfo(25, 9, 64, 48)
+        yield _numbered(0), sources.VideoInfo(25, 9, 64, 48), 0
         raise ZeroDivisionError("inside")
 
     monkeypatch.setattr(sources, "_images", broken)
@@ -316,6 +371,12 @@ def test_retries_are_counted_anew_after_each_success(quick):
     with _Mjpeg(first=8, later=8) as server, open_source(server.url) as source:
         while server.connections < 7:
             next(source)
+
+
+def test_a_slow_camera_keeps_its_time(quick):
+    with _Mjpeg(first=12, later=0, refuse_from=2, gap_s=0.2) as server, open_source(server.url) as source:
+        seen = [next(source) for _ in range(8)]
+    assert seen[-1].video.fps == 25 and seen[-1].index > 2 * 7, "25 a second are declared, 5 come, the first few at once"
 
 
 def test_a_stream_that_stays_away_ends_after_bounded_retries(quick):

@@ -131,10 +131,21 @@ def test_metadata_comes_back(tiny):
 
 
 @pytest.mark.parametrize(("asked", "short"), [
-    ((0.25, 0.45, 20), False), ((0.5, 0.3, 5), False), ((0.2, 0.45, 20), True), ((0.25, 0.5, 20), True), ((0.25, 0.45, 21), True),
+    ((0.25, 0.45, 20, False), False), ((0.5, 0.45, 5, False), False), ((0.2, 0.45, 20, False), True), ((0.25, 0.5, 20, False), True),
+    ((0.25, 0.45, 21, False), True), ((0.25, 0.3, 20, False), True), ((0.25, 0.45, 20, True), True),
 ])  # fmt: skip
-def test_what_the_file_can_not_give(asked: tuple[float, float, int], short: bool):
-    assert bool(NMS.falls_short(*asked)) == short
+def test_what_the_file_can_not_give(asked: tuple[float, float, int, bool], short: bool):
+    conf_thres, iou_thres, max_det, agnostic = asked
+    assert bool(NMS.falls_short(NmsOptions(conf_thres, iou_thres, max_det=max_det, agnostic=agnostic))) == short
+
+
+def test_stricter_overlap_is_not_more_suppression():
+    """The second box, which suppresses the third, would have been suppressed by the first."""
+    boxes = np.array([[x, 50, 100, 100, confidence, 1] for x, confidence in ((50, 0.95), (90, 0.9), (120, 0.85))], np.float32)
+    loosely = non_max_suppression(boxes, NmsOptions(iou_thres=0.45))
+    kept = boxes[np.isin(boxes[:, 4], loosely[:, 4])]
+    once, twice = (non_max_suppression(rows, NmsOptions(iou_thres=0.3)) for rows in (boxes, kept))
+    assert (len(once), len(loosely), len(twice)) == (2, 2, 1)
 
 
 # --- the proof -----------------------------------------------------------------------------------------------------------------------------

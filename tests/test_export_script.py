@@ -120,7 +120,9 @@ def test_boxes_are_the_checkpoints(kind: str, place: Path):
     """In images of three shapes, so that a dynamic file is given three sizes."""
     expected = lines(place, place / "alone" / "tiny.pt", f"pt-{kind}")
     assert len(expected) == 4 and sum(map(len, expected.values())) > 20
-    for name, rows in lines(place, place / "dynamic" / FILES[kind], f"dynamic-{kind}").items():
+    dynamic = lines(place, place / "dynamic" / FILES[kind], f"dynamic-{kind}")
+    assert set(dynamic) == set(expected)
+    for name, rows in dynamic.items():
         np.testing.assert_allclose(rows, expected[name], atol=2e-5)
     static = lines(place, place / "static" / FILES[kind], f"static-{kind}")
     np.testing.assert_allclose(static["00.txt"], expected["00.txt"], atol=2e-5)  # a square image is padded alike
@@ -197,7 +199,9 @@ def test_simplified_and_suppressed(place: Path, tmp_path: Path, capfd):
     assert export.main([*weights(tmp_path / "tiny.pt"), *flags]) == 0
     assert "Model Name" not in capfd.readouterr().out
     expected = lines(place, place / "alone" / "tiny.pt", "pt-nms", "--max-det", "300")
-    for name, rows in lines(place, tmp_path / "tiny.onnx", "nms", "--max-det", "300").items():
+    suppressed = lines(place, tmp_path / "tiny.onnx", "nms", "--max-det", "300")
+    assert set(suppressed) == set(expected)
+    for name, rows in suppressed.items():
         np.testing.assert_allclose(rows, expected[name], atol=2e-5)
     assert "warning" not in capfd.readouterr().err
     assert len(scores(place, tmp_path / "tiny.onnx", capfd=capfd)) == 4

@@ -35,6 +35,41 @@ def test_a_signal_after_openvino_does_not_kill():
     assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
 
 
+ASKED_TO_END = """
+import os, signal, time
+from pathlib import Path
+from utils.errors import script
+from utils.files import atomic_write
+@script
+def main(argv=None):
+    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+    with atomic_write(Path("video.mp4")) as temporary:
+        temporary.write_bytes(b"frames")
+        try:
+            os.kill(worker, signal.SIGTERM)
+            print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass  # as detect.py ends a live source
+    raise KeyboardInterrupt
+code = main()
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_an_end_that_is_asked_for_loses_nothing(tmp_path: Path):
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", ASKED_TO_END], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: interrupted"), run.stderr
+    assert run.stdout == "143\n", "a worker has nothing to end well"
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
 def test_what_is_being_written_ends_before_ctrl_c_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also while the writer is behind and has no room for the end."""
     written = []

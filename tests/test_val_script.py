@@ -232,14 +232,17 @@ def test_thresholds(flags: list[str]) -> None:
     assert len(rows(run(flags, "--save-json", "--iou", "0.1", name="strict"))) < len(rows(run(flags, "--save-json", "--iou", "0.9", name="loose")))
 
 
-def test_single_cls_verbose_augment_half(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_single_cls_verbose_augment_bf16(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     run(flags, "--verbose", name="verbose")
     assert {"all", "red", "green"} <= {line.split()[0] for line in capfd.readouterr().out.splitlines() if line.strip()}
     folder = run(flags, "--single-cls", "--save-json", "--verbose", name="single")
     assert {row["category_id"] for row in json.loads((folder / "predictions.json").read_text())} == {0}
     assert not [line for line in capfd.readouterr().out.splitlines() if line.strip().startswith(("red", "green"))]
-    run(flags, "--augment", name="augment")
-    run(flags, "--precision", "bf16", name="bf16")
+    rows = lambda *given, name: json.loads((run(flags, "--save-json", *given, name=name) / "predictions.json").read_text())  # noqa: E731
+    plain, augmented, coarse = rows(name="before"), rows("--augment", name="augment"), rows("--precision", "bf16", name="bf16")
+    best = lambda found: max(row["score"] for row in found)  # noqa: E731
+    assert augmented and [row["score"] for row in augmented] != [row["score"] for row in plain]
+    assert best(coarse) != best(plain) and best(coarse) == pytest.approx(best(plain), abs=0.02)
 
 
 def test_pictures(flags: list[str]) -> None:

@@ -63,7 +63,7 @@ class DataOptions(DataRoot):
     single_cls: bool = option(False, "treat all classes as one")
 
 
-def for_next(options: TrainConfig | PruneConfig | ExportConfig) -> str:
+def for_next(options: TrainConfig | PruneConfig | ExportConfig | QuantizeConfig) -> str:
     """What the command that a script recommends as the next one must say too."""
     flags = [f" --{name.replace('_', '-')} {value}" for name in ("plugin", "data_root") if (value := getattr(options, name))]
     return "".join(flags) + (" --single-cls" if getattr(options, "single_cls", False) else "")

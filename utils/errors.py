@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from utils.signals import term_as_interrupt
+
 USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
                 errno.ENAMETOOLONG}
@@ -68,7 +70,8 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # where the terminal has no such letter, a class may be called so all the same
         try:
-            return main(argv)
+            with term_as_interrupt():
+                return main(argv)
         except UserError as error:
             line = str(error)
         except KeyboardInterrupt:

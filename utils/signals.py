@@ -1,8 +1,10 @@
-"""Signals: the stack that a thread has for them, which OpenVINO does not leave alone, and a Ctrl-C that must wait."""
+"""Signals: the stack that a thread has for them, which OpenVINO does not leave alone, a Ctrl-C that must wait, and an end that is asked for."""
 from __future__ import annotations
 
 import ctypes
+import os
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,6 +34,26 @@ def keep_signal_stack() -> Iterator[None]:
         yield
     finally:
         sigaltstack(ctypes.byref(before), None)
+
+
+@contextmanager
+def term_as_interrupt() -> Iterator[None]:
+    """SIGTERM (`kill`, `docker stop`) is heard like Ctrl-C, so that what is being written ends well. Nothing changes where others handle it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        os._exit(128 + signal.SIGTERM)  # a loader's worker, which has nothing to end well
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end_thread(items: queue.Queue, done: threading.Event) -> None:

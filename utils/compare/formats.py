@@ -55,7 +55,7 @@ class OpenWeights(Protocol):
 
     def square_size(self, asked: int | None) -> int: ...
 
-    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None: ...
+    def tell_limits(self, options: NmsOptions) -> None: ...
 
     def image_size(self, asked: Sequence[int] | None) -> tuple[int, int]: ...
 
@@ -151,7 +151,7 @@ class FormatComparison:
 
     def _score(self, row: FormatRow, split: Split) -> None:
         weights = self._open(row)
-        weights.tell_limits(VALIDATION.conf_thres, VALIDATION.iou_thres, VALIDATION.max_det)
+        weights.tell_limits(VALIDATION)
         check_classes(weights.names, split.names, self.config.single_cls, str(row.path))
         imgsz = weights.square_size(self.imgsz)
         loader = val_loader(split, imgsz, _VAL_BATCH, weights.pad_stride, self.config.workers, weights.device)

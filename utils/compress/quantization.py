@@ -14,7 +14,7 @@ from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
 from utils.compress.rounding import Range, measure_ranges
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
-from utils.config import QuantizeConfig
+from utils.config import QuantizeConfig, for_next
 from utils.cpu import cpu_int8
 from utils.data.labels import Split
 from utils.data.open import val_loader
@@ -139,7 +139,7 @@ class Quantization:
         kept = f"; in float, the most sensitive first: {', '.join(best.kept)}" if best.kept else ""
         if reached:
             info(f"results: {path}, {best.drop:+.2f} points of mAP50-95 lost{kept}")
-            info(f"    python val.py --weights {path} --data {self.config.data}")
+            info(f"    python val.py --weights {path} --data {self.config.data}{for_next(self.config)}")
         else:
             warn(f"int8 loses {best.drop:.2f} points of mAP50-95, more than --max-drop {self.config.max_drop:g}, with up to {most} in float: "
                  f"the best file is kept aside as {path}{kept}")

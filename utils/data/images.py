@@ -14,6 +14,9 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".p
 
 _HEAD_BYTES = 4096  # holds the header of most files; the rest are read whole
 _TAIL_BYTES = 16
+_MOST_PIXELS = 178_956_970  # that Pillow reads
+_16_BITS_AS_32 = {"PNG", "PPM"}  # formats of 16 bits whose pixels Pillow may give as 32
+_32_BITS = "pixels of 32 bits: save it with 8 or 16 bits"
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -88,6 +91,9 @@ def check_image(path: str | os.PathLike[str]) -> tuple[int, int]:
         ImageError: missing, broken, truncated or unsupported.
     """
     header, whole = _read_ends(path)
+    width, height = header.shown
+    if not header.plain and width * height > _MOST_PIXELS:
+        raise ImageError(f"{path}: {width}x{height} pixels of its kind are more than can be read: cut it in tiles, or make it smaller")
     if not whole:
         read_image(path)
     return header.shown
@@ -237,7 +243,9 @@ def pillow_to_bgr(image: Image.Image) -> np.ndarray:
 def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
     """(H, W, 3) uint8 BGR, not turned; transparency on white."""
     image.load()
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F" or (image.mode == "I" and image.format not in _16_BITS_AS_32):  # of an unknown range: it might come out black
+        raise ValueError(_32_BITS)
+    if image.mode.startswith("I"):
         return _grey_to_bgr(np.asarray(image))
     if "transparency" in image.info or image.mode in {"RGBA", "RGBa", "LA", "La", "PA"}:
         rgba = image.convert("RGBA")
@@ -250,8 +258,8 @@ def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
 
 def _grey_to_bgr(grey: np.ndarray) -> np.ndarray:
     """(H, W) of 16-bit values to their high byte, three times."""
-    if grey.dtype.kind == "f" or grey.min(initial=0) < 0 or grey.max(initial=0) > 65535:
-        raise ValueError("pixels of 32 bits: save it with 8 or 16 bits")
+    if grey.min(initial=0) < 0 or grey.max(initial=0) > 65535:
+        raise ValueError(_32_BITS)
     return cv2.cvtColor((grey >> 8).astype(np.uint8), cv2.COLOR_GRAY2BGR)
 
 

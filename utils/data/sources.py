@@ -30,7 +30,8 @@ _RETRIES = 6  # in a row, of a dropped stream
 _BACKOFF_S = 0.5  # before the first retry; doubles with each
 _TIMEOUT_MS = 10_000  # to connect to a stream, and to wait for its next frame
 _CLOSE_S = 15.0  # how long close() waits for a stream that is stuck in a read
-_NEARLY_ALL = 0.95  # of a video's frames: containers only estimate
+_NEARLY_ALL = 0.95  # of a video's frames, or of its seconds: containers only estimate
+_BAD_IN_A_ROW = 64  # frames that can't be decoded: more are the end
 _END = object()
 
 
@@ -224,7 +225,8 @@ def _file_frames(paths: Sequence[Path], text: str, stride: int, stop: threading.
     for path in paths:
         try:
             if path.suffix.lower() in VIDEO_SUFFIXES:
-                for frame in _video_frames(str(path), str(path), stride, stop, miss):
+                # Absolute, or FFmpeg takes what stands before a colon for a protocol.
+                for frame in _video_frames(os.path.abspath(path), str(path), stride, stop, miss):
                     yield frame
                     given += 1
             else:
@@ -246,33 +248,38 @@ def _far_video_frames(address: str, name: str, stride: int, stop: threading.Even
 
 
 def _video_frames(address: str, name: str, stride: int, stop: threading.Event, miss: Miss) -> Iterator[Frame]:
-    count, expected = 0, 0
+    count, lost, at_s, video = 0, 0, 0.0, None
     if not is_text(address):
         raise ImageError(f"{name}: OpenCV reads no video whose name is not UTF-8: rename it")
     with _capture(address) as capture:
-        for image, video in _images(capture, stride):
-            expected = video.frames
+        for image, video, bad in _images(capture, stride):
+            lost, at_s = bad, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield Frame(name, count, image, video)
             count += 1
             if stop.is_set():
                 return
-    if not count:
+    if not video:
         raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
-    if count * stride < _NEARLY_ALL * expected:
-        miss(f"{name}: broken off after frame {count * stride} of {expected}")
+    if lost:
+        miss(f"{name}: {lost} of its frames are damaged and left out")
+    if count * stride + lost < _NEARLY_ALL * video.frames and at_s < _NEARLY_ALL * video.frames / video.fps:
+        miss(f"{name}: broken off after frame {count * stride + lost} of {video.frames}, or trimmed without being encoded anew")
 
 
 def _stream_frames(address: str | int, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
-    count, failures, seen, expected = 0, 0, 0, 0
+    count, failures, seen, expected, began = 0, 0, 0, 0, 0.0
     while not stop.is_set():
         with _capture(address) as capture:
             if not count and not capture.isOpened():
                 raise UserError(f"{name}: can't be opened; check the address, the device and whether another program uses it")
-            for image, video in _images(capture, stride):
+            for image, video, _ in _images(capture, stride):
                 if failures:
                     info(f"{name}: reconnected")
                 seen, expected = 1 if failures else seen + 1, video.frames
                 failures = 0
+                began = began or time.monotonic()
+                if not expected:  # a camera may give fewer frames than it declares, or none for a while: its video is to last as long as life
+                    count = max(count, int((time.monotonic() - began) * video.fps / stride))
                 yield Frame(name, count, image, video._replace(frames=0))
                 count += 1
                 if stop.is_set():
@@ -302,15 +309,23 @@ def _capture(address: str | int) -> Iterator[cv2.VideoCapture]:
         capture.release()
 
 
-def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray, VideoInfo]]:
-    """Every stride-th image until the capture gives no more. The size is the image's own: the container's ignores rotation."""
+def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray, VideoInfo, int]]:
+    """Every stride-th image until the capture gives no more, and how many frames before it were damaged.
+
+    The size is the image's own: the container's ignores rotation.
+    """
     fps, frames = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     fps = fps if 0 < fps <= 1000 else _FALLBACK_FPS
     frames = int(frames) if 0 < frames < 2**40 else 0
-    while True:
-        there, image = capture.read()
+    place, due, lost, bad, bad_since = -1, 0, 0, 0, 0.0
+    while bad <= _BAD_IN_A_ROW and (not bad or time.monotonic() - bad_since < _TIMEOUT_MS / 1000):
+        there, image = capture.grab(), None
+        if there and place + bad + 1 >= due:
+            there, image = capture.retrieve()
         if not there:
-            return
-        yield image, VideoInfo(fps, frames, image.shape[1], image.shape[0])
-        for _ in range(stride - 1):
-            capture.grab()
+            bad, bad_since = bad + 1, bad_since if bad else time.monotonic()
+            continue
+        place, lost, bad = place + bad + 1, lost + bad, 0
+        if image is not None:
+            due += stride
+            yield image, VideoInfo(fps, frames, image.shape[1], image.shape[0]), lost

@@ -35,8 +35,8 @@ class VideoWriter:
         self._file = contextlib.ExitStack()
         if not is_text(str(self.path)):
             raise UserError(f"{self.path}: OpenCV writes no video to a name that is not UTF-8: choose another --project")
-        self._temporary = self._file.enter_context(atomic_write(self.path))
-        fps = round(fps, 3 if fps < 65 else 2 if fps < 650 else 0)  # MPEG-4 counts time in 1/65535 s at the finest
+        self._temporary = self._file.enter_context(atomic_write(self.path.absolute()))  # or FFmpeg takes what stands before a colon for a protocol
+        fps = max(round(fps, 3 if fps < 65 else 2 if fps < 650 else 0), 0.001)  # MPEG-4 counts time in 1/65535 s at the finest
         self._encoder = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
         if not self._encoder.isOpened():
             self._discard()

@@ -76,11 +76,12 @@ def validate(
     indices: list[int] = []
     shares: list[_Share] = []
     load, end = 0.0, time.perf_counter()
+    at_once = getattr(network, "batch", None) or _AT_ONCE  # an exported file of a fixed batch fills it up, with images of nothing
     with inference_threads(device) as (pool, workers):
         for batch in tqdm(loader, desc="val", leave=False, dynamic_ncols=True, disable=not is_main_process()):
             load += time.perf_counter() - end
             # A loss is a mean over a share's boxes, so that shares must not be small; without one, small shares keep a CPU's caches warm.
-            parts = workers if criterion or workers == 1 else -(-len(batch.indices) // _AT_ONCE)
+            parts = workers if criterion or workers == 1 else -(-len(batch.indices) // at_once)
             shares += pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, parts))
             indices.extend(batch.indices)
             end = time.perf_counter()

@@ -50,7 +50,7 @@ class ExportedNetwork:
         """
         self.path, self._session, self.at_once = path, session, at_once
         batch, height, width = _image_shape(path, session.inputs)
-        self._batch = batch
+        self.batch = batch  # the only number of images that the file takes at once; None: any
         self.fixed = (height, width) if height and width else None
         self.metadata = metadata_from_props(session.props, str(path))
         if self.metadata:
@@ -103,7 +103,7 @@ class ExportedNetwork:
 
             return torch.from_numpy(self(images.numpy(force=True)))
         array = np.ascontiguousarray(images, self._session.dtype)
-        step = self._batch or len(array)
+        step = self.batch or len(array)
         parts = [self._run(array[start : start + step], step) for start in range(0, len(array), step)]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32, copy=False)
 

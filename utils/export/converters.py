@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import subprocess
 import warnings
@@ -46,7 +47,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
         """What went wrong: of an exporter an error of any kind."""
         try:
             torch.onnx.export(network, (images.contiguous(),), str(path), input_names=[INPUT], output_names=[OUTPUT], opset_version=opset, **how)
-        except MemoryError:
+        except (MemoryError, OSError):  # a full disk is nothing that the other one could help
             raise
         except Exception as error:
             return error
@@ -82,7 +83,14 @@ def to_torchscript(network: nn.Module, images: Tensor, path: Path, metadata: Exp
     config = {"shape": list(images.shape), "stride": metadata.max_stride, "names": dict(enumerate(metadata.names))}
     with quiet(), _plain_attention():
         traced = trace(network, images.contiguous(memory_format=torch.channels_last))
-        torch.jit.save(traced, str(path), _extra_files={KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})
+        _save(traced, path, {KEY: metadata.to_props()[KEY], CONFIG: json.dumps(config)})
+
+
+def _save(traced: torch.jit.ScriptModule, path: Path, texts: dict[str, str]) -> None:
+    """Through memory: PyTorch's own writer ends the process where the disk is full."""
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer, _extra_files=texts)
+    path.write_bytes(buffer.getbuffer())
 
 
 def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, half: bool = False) -> None:
@@ -94,7 +102,7 @@ def to_ncnn(network: nn.Module, images: Tensor, param: Path, weights: Path, *, h
     with TemporaryDirectory() as folder:
         traced, places = Path(folder) / "network.pt", {"ncnnparam": param.resolve(), "ncnnbin": weights.resolve()}
         with quiet(), _plain_attention(), _SelectByConvolution():
-            trace(_channels_first(network), images.contiguous()).save(str(traced))
+            _save(trace(_channels_first(network), images.contiguous()), traced, {})
         shape = ",".join(map(str, images.shape))
         command = [import_extra("pnnx").EXEC_PATH, traced.name, f"inputshape=[{shape}]f32", f"fp16={int(half)}",
                    *(f"{name}={place}" for name, place in places.items())]

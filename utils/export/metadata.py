@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.extras import import_extra
+from utils.nms import NmsOptions
 
 if TYPE_CHECKING:
     import openvino
@@ -35,12 +36,18 @@ class GraphNms:
     iou_thres: float
     max_det: int
 
-    def falls_short(self, conf_thres: float, iou_thres: float, max_det: int) -> str | None:
-        """What a user asks for that the graph has thrown away, in one line; None where more suppression gives it."""
-        if conf_thres >= self.conf_thres and iou_thres <= self.iou_thres and max_det <= self.max_det:
+    def falls_short(self, options: NmsOptions) -> str | None:
+        """Why the boxes are not those that a user asks for, in one line; None where they are, once filtered.
+
+        A box may be suppressed by one that a stricter overlap, or another class, would have suppressed itself: both are gone then.
+        """
+        within = options.conf_thres >= self.conf_thres and options.iou_thres == self.iou_thres and options.max_det <= self.max_det
+        if within and not options.agnostic:
             return None
-        return (f"suppresses boxes itself, with --conf-thres {self.conf_thres:g} --iou-thres {self.iou_thres:g} --max-det {self.max_det}: "
-                f"asked for {conf_thres:g}, {iou_thres:g} and {max_det}, it gives those boxes and no more; export it so, or without --nms, for all")
+        asked = f"{options.conf_thres:g}, {options.iou_thres:g} and {options.max_det}{' across classes' if options.agnostic else ''}"
+        own = f"--conf-thres {self.conf_thres:g} --iou-thres {self.iou_thres:g} --max-det {self.max_det}"
+        return (f"suppresses boxes itself, with {own} within classes: asked for {asked}, it gives what that leaves of those boxes; export it so, or "
+                "without --nms, for all")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from utils.export.backends import is_exported, open_network
 from utils.export.metadata import GraphNms
 from utils.files import ROOT, find_file
 from utils.log import warn
+from utils.nms import NmsOptions
 from utils.runner import Runner
 
 _NEEDS_TORCH = "pip install torch torchvision"
@@ -74,9 +75,9 @@ class OpenNetwork:
             raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
         return size
 
-    def tell_limits(self, conf_thres: float, iou_thres: float, max_det: int) -> None:
-        """One line where its own suppression keeps fewer boxes than asked for."""
-        if self.nms and (limits := self.nms.falls_short(conf_thres, iou_thres, max_det)):
+    def tell_limits(self, options: NmsOptions) -> None:
+        """One line where its own suppression keeps other boxes than asked for."""
+        if self.nms and (limits := self.nms.falls_short(options)):
             _warn_once(f"{self.path}: {limits}")
 
     def square_size(self, asked: int | None) -> int:
