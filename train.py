@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.prune import channel_graph
     from models.summary import print_summary
     from models.yolo import build_for_training, check_network, load_model, model_from_checkpoint
+    from utils.checkpoint import load_checkpoint
     from utils.cpu import keep_freed_memory
     from utils.data.open import open_splits
     from utils.device import compute_dtype, select_device
@@ -64,12 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, transfer = build_for_training(config.cfg, config.weights, train_split.names)
             info(f"{config.weights}: {transfer}" if transfer else "weights: random")
             if config.qat:
-                model = to_fine_tune(model, transfer.left, config.weights)
+                model = to_fine_tune(model, load_checkpoint(config.weights).names, config.weights)
             elif model.spec.fused:
                 warn(f"{config.weights}: has no batch norms any more (folded by --qat, or before it was saved): give --qat, "
                      "or start from the checkpoint before")
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
+        for layer in model.unread_rows:  # processes would wait for each other's gradients of it
+            warn(f"{layer.place}: no row reads what it gives, so that it is not trained")
+            model.model[layer.row].requires_grad_(False)
         freeze_rows(model, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None
@@ -78,14 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(set(world.gather(str(dtype)))) > 1:
             raise UserError("--precision auto: the GPUs are of unlike kinds: name a precision that all have, such as --precision fp32")
         learner = QuantizationAware.with_any_range(model) if config.qat else model
-        batch_size = fit_batch(learner, config.batch_size, largest, device, world, len(train_split.images), dtype)
-        config = dataclasses.replace(config, batch_size=batch_size)
+        fit = fit_batch(learner, config.batch_size, largest, device, world, len(train_split.images), dtype)
+        config = dataclasses.replace(config, batch_size=fit.batch_size)
         print_summary(model, config.imgsz, device, dtype)
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
-        run = dataclasses.replace(run, config=config, folder=folder)
+        run = dataclasses.replace(run, config=config, folder=folder, checkpoint=None)  # its tensors are the model's and the state's now
         with discarded_if_refused(folder, PREPARED):
-            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity)
+            in_memory = fit.step_bytes if device.type == "cpu" else 0
+            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity, in_memory)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()
         training.run()

@@ -13,7 +13,7 @@ from models.build import build_rows, inputs_of, narrow_rows
 from models.fuse import fold, fuse
 from models.head import Detect, decode, in_order_of
 from models.narrow import widths_of
-from models.spec import IMAGE, ModelSpec, load_spec
+from models.spec import IMAGE, LayerSpec, ModelSpec, load_spec
 from utils.checkpoint import Checkpoint, cast_floats, find_checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.log import info
@@ -52,6 +52,14 @@ class DetectionModel(nn.Module):
     @property
     def head(self) -> Detect:
         return self.model[-1]
+
+    @property
+    def unread_rows(self) -> list[LayerSpec]:
+        """Rows from which nothing reaches the head."""
+        read = {self.spec.layers[-1].row}
+        for layer in reversed(self.spec.layers):
+            read.update(layer.sources if layer.row in read else ())
+        return [layer for layer in self.spec.layers if layer.row not in read]
 
     @property
     def strides(self) -> tuple[int, ...]:

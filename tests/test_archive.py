@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.archive import Archive
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 
@@ -318,7 +318,9 @@ def test_foreign_files(tmp_path, name, content, says):
 
 
 def small_archive(path: Path) -> bytes:
-    torch.save({"model": {"a": torch.arange(6.0)}, "epoch": 3, "names": ["a", "b"]}, path)
+    spec = {"nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": 3, "backbone": [], "head": []}
+    save_checkpoint(path, Checkpoint(spec, ("a", "b"), {"a": torch.arange(6.0)}))
+    assert load_checkpoint(path).names == ("a", "b")
     return path.read_bytes()
 
 
@@ -339,7 +341,10 @@ def test_random_damage_gives_a_line_or_the_data(tmp_path):
         for _ in range(rng.choice((1, 1, 2, 8))):
             raw[rng.randrange(len(raw))] = rng.randrange(256)
         path.write_bytes(raw)
-        refusal(path)
+        try:
+            assert isinstance(load_checkpoint(path), Checkpoint)
+        except UserError as error:
+            assert str(error).startswith(str(path))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ from utils.data import imagecache
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
-from utils.data.loader import EpochBatches, make_loader
+from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import open_splits, val_loader
 from utils.errors import UserError
 from utils.hyp import Hyp
@@ -166,6 +167,24 @@ def no_reading() -> np.ndarray:
     raise AssertionError("it should be in the cache")
 
 
+def test_an_image_that_is_drawn_again_is_augmented_anew(tmp_path):
+    split = picture_split(tmp_path, [(64, 64)] * 3)
+    dataset = TrainDataset(split, 64, Hyp(), ImageCache(scaled_sizes(split, 64), "none", 0))
+    batches = EpochBatches(np.arange(3), 3)
+    batches.weights = np.array([1.0, 0, 0])
+    ((first, second, third),) = list(batches)
+    assert (first, second, third) == ((0, 0), (0, 0, 1), (0, 0, 2)), "the first as without weights"
+    pixels = [dataset[key].image for key in (first, second, third)]
+    assert not any(np.array_equal(pixels[n], pixels[n - 1]) for n in range(3))
+
+
+@pytest.mark.parametrize(("processes", "workers"), [("1", 4), ("2", 2), ("8", 1)])
+def test_processes_share_the_cores(monkeypatch, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert worker_count(8) == workers
+
+
 def test_more_images_than_memory_are_refused(monkeypatch):
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 3 * 100 * 80 - 1)
     sizes = np.array([[100, 80]])
@@ -177,6 +196,7 @@ def test_more_images_than_memory_are_refused(monkeypatch):
     assert ImageCache(sizes, "auto", memory_limit("auto", 2)).capacity == 0
     with pytest.raises(UserError, match=r"0\.0 GB are free"):
         ImageCache(sizes, "ram", memory_limit("ram", 3))
+    assert memory_limit("ram", 1, taken=20_000) == 28_000 and memory_limit("auto", 1, taken=20_000) == 14_000 and memory_limit("ram", 1, 10**6) == 0
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 0)  # a system that does not tell
     assert ImageCache(sizes, "ram", memory_limit("ram", 2)).capacity == 1 and ImageCache(sizes, "auto", memory_limit("auto", 1)).capacity == 0
 
@@ -234,7 +254,7 @@ def test_an_image_that_breaks_later_is_reported_and_training_goes_on(tmp_path: P
         sample = dataset[0, 2]
         assert (sample.image == 114).all() and sample.boxes.shape == (0, 5)
     err = capfd.readouterr().err
-    assert err.count(str(victim)) == 1 and err.count("\n") == 1 and "left out" in err
+    assert err.count(str(victim)) == 1 and err.count("\n") == 1 and "a grey image stands in" in err
     assert len(dataset[0, 0].boxes)
     batches = batches_of(training_set(split), workers=2)
     assert sorted(i for b in batches for i in b.indices) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -324,7 +344,7 @@ def test_weights_draw_with_replacement() -> None:
     batches = EpochBatches(np.arange(1000), 10, shuffle="images")
     batches.weights = np.where(np.arange(1000) < 500, 3.0, 1.0)
     batches.weights[7] = 0
-    drawn = flat(indices(batches))
+    drawn = [key[1] for batch in batches for key in batch]
     assert len(drawn) == 1000 and 7 not in drawn and len(set(drawn)) < 900
     assert sum(i < 500 for i in drawn) == pytest.approx(750, abs=60)
 

@@ -117,6 +117,22 @@ def test_other_formats_ignore_reduce(tmp_path, rgb):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
+def test_32_bits_are_refused_and_not_black(tmp_path):
+    """Whatever the values: of which range they are no file says."""
+    for n, values in enumerate((np.full((8, 8), 200, np.int32), np.full((8, 8), 60_000, np.int32), np.full((8, 8), 0.5, np.float32))):
+        Image.fromarray(values).save(tmp_path / f"{n}.tif")
+        with pytest.raises(ImageError, match=r"\.tif: pixels of 32 bits: save it with 8 or 16 bits"):
+            read_image(tmp_path / f"{n}.tif")
+
+
+def test_more_pixels_than_can_be_read_are_told_by_the_scan(tmp_path, monkeypatch):
+    Image.new("1", (90, 80)).save(tmp_path / "large.png")
+    assert check_image(tmp_path / "large.png") == (90, 80)
+    monkeypatch.setattr("utils.data.images._MOST_PIXELS", 90 * 80 - 1)
+    with pytest.raises(ImageError, match=r"large\.png: 90x80 pixels of its kind are more than can be read: cut it in tiles"):
+        check_image(tmp_path / "large.png")
+
+
 def test_truncated_files_are_refused(tmp_path, rgb, suffix):
     noise = np.random.default_rng(2).integers(0, 256, (90, 90, 3), np.uint8)
     buffer = io.BytesIO()

@@ -37,6 +37,14 @@ def test_a_missing_module(name, line, capsys):
     assert main([]) == 2 and capsys.readouterr().err == f"error: needs {line}\n"
 
 
+def test_a_loader_that_is_killed(capsys):
+    @script
+    def main(argv):
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. Its shared memory is full.")
+
+    assert main([]) == 2 and capsys.readouterr().err.startswith("error: a process that loads images was killed")
+
+
 @pytest.mark.parametrize("error", [
     UserError("ours"), OSError(28, "No space left on device"), MemoryError(), RuntimeError("CUDA out of memory. Tried"), KeyboardInterrupt(),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),

@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny import make_split
 
 from utils.evaluate.coco import Detections, Truth, coco_scores
 from utils.evaluate.confusion import confusion_matrix
 from utils.evaluate.curves import curves
+from utils.evaluate.table import score_table
+from utils.evaluate.validate import Speed, ValResult
 
 NO_TRUTH = Truth(np.zeros((0, 4)), np.zeros(0, int))
 NO_DETECTIONS = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
@@ -137,3 +140,13 @@ def test_more_than_a_hundred_objects_an_image(num_classes: int) -> None:
 
 def test_confusion_of_nothing() -> None:
     assert (confusion_matrix([], [], 2) == 0).all() and (confusion_matrix([NO_TRUTH], [NO_DETECTIONS], 2) == 0).all()
+
+
+def test_crowds_are_no_objects_of_the_table() -> None:
+    names = ("a", "b")
+    split = make_split(["1.png"], [(100, 100)], [np.zeros((0, 5))], names)
+    for crowd, objects in ((None, 3), (np.array([True, False, False]), 2)):
+        truth = TRUTH._replace(crowd=crowd)
+        scores = coco_scores([truth], [FOUND], 2)
+        result = ValResult((0,), [truth], [FOUND], scores, curves([truth], [FOUND], 2), None, Speed(0, 0, 0))
+        assert score_table(result, split, per_class=True).splitlines()[1].split()[:3] == ["all", "1", str(objects)]

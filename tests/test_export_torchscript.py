@@ -15,7 +15,7 @@ from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.export.backends import open_network
-from utils.export.converters import quiet, to_torchscript, trace
+from utils.export.converters import _save, quiet, to_torchscript, trace
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata
 
@@ -164,3 +164,10 @@ def test_no_other_device_and_no_other_size(file: Path):
     assert (weights.fixed, weights.names) == ((64, 96), ("red", "green")) and weights.description.startswith("TorchScript")
     with pytest.raises(UserError, match="takes images of 64 96 px only"):
         weights.image_size((128,))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device there")
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tiny):
+    """PyTorch's own writer aborts the process."""
+    with pytest.raises(OSError, match="No space left"):
+        _save(trace(InferenceGraph(tiny), IMAGES), Path("/dev/full"), {})

@@ -98,7 +98,7 @@ def test_strided_and_shared_weights(tmp_path, family):
 
 
 @pytest.mark.parametrize(("names", "read"), [
-    ({1: "b", 0: "a"}, ("a", "b")), (["a", "b"], ("a", "b")), (("a", "b"), ("a", "b")), ([1, 2.5], ("1", "2.5")),
+    ({1: "b", 0: "a"}, ("a", "b")), ({"10": "b", "9": "a"}, ("a", "b")), (["a", "b"], ("a", "b")), (("a", "b"), ("a", "b")), ([1, 2.5], ("1", "2.5")),
     (None, ("0", "1")), ([], ("0", "1")),
 ])  # fmt: skip
 def test_forms_of_names(tmp_path, family, names, read):

@@ -99,6 +99,10 @@ def test_save_period_noval_nosave(flags: list[str]) -> None:
 def test_time_limit_and_patience(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert len(rows(run(flags, "--time-limit", "1e-6", "--epochs", "9", name="limit"))) == 1
     assert "time limit" in capfd.readouterr().out
+    last = str(Path(flags[flags.index("--project") + 1]) / "limit" / "weights" / "last.pt")
+    assert "its --time-limit or --patience ended it after epoch 1 of 9: give another of these" in error_of(["--resume", last], capfd)
+    assert train.main(["--resume", last, "--time-limit", "9", "--epochs", "2"]) == 0
+    assert "finished after 2 epochs" in error_of(["--resume", last, "--epochs", "1"], capfd)
     folder = run(flags, "--time-limit", "0.05", "--epochs", "99999", name="budget")  # three seconds
     rates = [float(row["x/lr1"]) for row in rows(folder)]
     taken = load_checkpoint(folder / "weights" / "last.pt").training["seconds"]
@@ -210,7 +214,7 @@ def test_mistakes_are_one_line(flags: list[str], place: Path, capfd: pytest.Capt
 
 def test_loss_that_is_not_finite_stops_with_its_parts(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "hot.yaml").write_text("{lr0: 1.0e+30, warmup_bias_lr: 1.0e+30}")
-    message = error_of([*flags, "--hyp", str(place / "hot.yaml"), "--epochs", "20", "--name", "hot"], capfd)
+    message = error_of([*flags, "--hyp", str(place / "hot.yaml"), "--epochs", "20", "--batch-size", "2", "--name", "hot"], capfd)
     assert "the loss is not finite at batch" in message and all(part in message for part in ("box", "obj", "cls", "nan")) and "lower lr0" in message
 
 

@@ -6,24 +6,27 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import model_yaml, tiny_model
+import yaml
+from tiny import model_yaml, tiny_model, train_flags
 
 import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
 from utils.network import to_input
-from utils.training import engine
+from utils.training import engine, fit
 from utils.training.engine import random_resize, same_size
 from utils.training.fit import image_chances, write_results
 from utils.training.memory import StepMemory, fit_batch, step_memory
@@ -313,6 +316,55 @@ def test_multi_scale_sizes() -> None:
     assert same_size(0, images) is images
 
 
+def test_no_patience_is_lost_before_anything_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And best.pt is the latest network until then."""
+    scores = iter([0.0] * 4 + [0.5, 0.2, 0.1, 0.1])
+    monkeypatch.setattr(fit.ValResult, "fitness", property(lambda _: next(scores)))
+    kept = []
+    monkeypatch.setattr(fit.Training, "_save_best", lambda training: kept.append(training.state.epoch))
+    monkeypatch.setattr(fit.Training, "report", lambda _: None)
+    assert train.main([*train_flags(tmp_path), "--epochs", "20", "--patience", "2"]) == 0
+    assert kept == [1, 2, 3, 4, 5] and len(list(scores)) == 1, "over two epochs after the best"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The step that broke them was the epoch's last, of which no loss tells."""
+    trained = fit.Training.train_one_epoch
+
+    def broken(training: fit.Training, epoch: int, eta: str = "") -> Any:
+        result = trained(training, epoch, eta)
+        if epoch == 1:
+            next(training.stepper.ema.model.parameters()).data[0] = math.nan
+        return result
+
+    monkeypatch.setattr(fit.Training, "train_one_epoch", broken)
+    assert train.main([*train_flags(tmp_path), "--epochs", "3"]) == 2
+    assert re.search(r"after epoch 2 1 tensors are not finite, model\.0\..*: lower lr0", capfd.readouterr().err)
+    assert load_checkpoint(tmp_path / "runs" / "exp" / "weights" / "last.pt").training["epoch"] == 1
+
+
+def test_one_image_of_one_pixel_is_too_little_for_norms(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*train_flags(tmp_path, train=5), "--imgsz", "32"]) == 2
+    assert "error: batch norm needs more than 1 image of 32x32 px in a batch" in capfd.readouterr().err
+
+
+def test_rows_that_nobody_reads_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, one read by the other alone. Processes would wait for their gradients for ever."""
+    flags = train_flags(tmp_path)
+    content = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    dead = [[0, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [8, 3, 2]]]
+    rows = len(content["backbone"]) + len(content["head"]) - 1
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content | {"head": [*content["head"][:-1], *dead, content["head"][-1]]}))
+    seen = []
+    monkeypatch.setattr(fit.Training, "run", lambda training: seen.append(training.model))
+    monkeypatch.setattr(fit.Training, "report", lambda _: None)
+    assert train.main(flags) == 0
+    assert len(re.findall("no row reads what it gives, so that it is not trained", capfd.readouterr().err)) == 2
+    (model,) = seen
+    still = {int(key.split(".")[1]) for key, p in model.named_parameters() if not p.requires_grad}
+    assert still == {rows, rows + 1}
+
+
 def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -323,10 +375,10 @@ def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 2 * maps < each < 8 * maps
     alone, two = World(), World(0, 2)
     monkeypatch.setattr(World, "gather", lambda world, value: [value] * world.size)
-    assert fit_batch(model, -1, 64, CPU, alone, images=10) == 10
-    assert fit_batch(model, -1, 64, CPU, alone, images=100_000) == 512
-    assert fit_batch(model, -1, 64, CPU, two, images=7) == 6 and fit_batch(model, -1, 64, CPU, two, images=1) == 2
-    assert fit_batch(model, 16, 64, CPU, alone, images=10) == 16
+    assert fit_batch(model, -1, 64, CPU, alone, images=10).batch_size == 10
+    assert fit_batch(model, -1, 64, CPU, alone, images=100_000).batch_size == 512
+    assert fit_batch(model, -1, 64, CPU, two, images=7).batch_size == 6 and fit_batch(model, -1, 64, CPU, two, images=1).batch_size == 2
+    assert fit_batch(model, 16, 64, CPU, alone, images=10).batch_size == 16
     with pytest.raises(UserError, match=r"--batch-size 1000000 at 64 px needs about .* GB a process, .* use --batch-size \d+ or less"):
         fit_batch(model, 1_000_000, 64, CPU, alone, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
@@ -367,14 +419,14 @@ def test_a_gpu_is_given_the_benefit_of_the_doubt(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("utils.training.memory.step_memory", lambda *_: StepMemory(0, 2**20))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**27, 2**27))
     model = tiny_model(tmp_path)
-    assert fit_batch(model, 128, 64, cuda, World(), images=10) == 128
+    assert fit_batch(model, 128, 64, cuda, World(), images=10).batch_size == 128
     assert "use --batch-size 108 or less" in capsys.readouterr().err
     with pytest.raises(UserError, match="use --batch-size 108 or less"):
         fit_batch(model, 256, 64, cuda, World(), images=10)
     monkeypatch.setattr(World, "gather", lambda world, counts: [counts, tuple(count // 2 for count in counts)])  # another process has half of it
     with pytest.raises(UserError, match="use --batch-size 108 or less"):
         fit_batch(model, 256, 64, cuda, World(0, 2), images=10)
-    assert fit_batch(model, -1, 64, cuda, World(0, 2), images=1000) == 108
+    assert fit_batch(model, -1, 64, cuda, World(0, 2), images=1000).batch_size == 108
 
 
 def test_what_grows_with_the_epochs_is_saved_however_many_there_are(tmp_path: Path) -> None:

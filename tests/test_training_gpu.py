@@ -127,7 +127,7 @@ def test_a_saved_optimizer_goes_on_alike(tmp_path: Path, name: str) -> None:
 
 def test_batch_that_fits_the_device(tmp_path: Path) -> None:
     model = tiny_model(tmp_path).to(CUDA)
-    assert fit_batch(model, -1, 64, CUDA, World(), images=20) == 20
+    assert fit_batch(model, -1, 64, CUDA, World(), images=20).batch_size == 20
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])

@@ -329,6 +329,15 @@ def test_quantize_says_that_it_was_fine_tuned(kind: str, place: Path, whole: Pat
 # --- bad input -----------------------------------------------------------------------------------------------------------------------------
 
 
+def test_other_classes_of_the_same_number(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    own = flags(place, "others")
+    data = Path(own[own.index("--data") + 1])
+    content = yaml.safe_load(data.read_text())
+    (tmp_path / "others.yaml").write_text(yaml.safe_dump(content | {"path": str(data.parent), "names": [f"other {n}" for n in content["names"]]}))
+    assert train.main([*own, "--data", str(tmp_path / "others.yaml")]) == 2
+    assert "where the data has 'other " in capfd.readouterr().err and not (place / "runs" / "others").exists()
+
+
 @pytest.mark.parametrize(("extra", "line"), [
     (["--weights", ""], "--qat: fine-tunes a trained network: name its checkpoint, --weights"),
     (["--cfg", "yolov5n.yaml"], "--qat: fine-tunes the network of --weights as it is: leave out --cfg"),
@@ -349,7 +358,7 @@ def test_data_that_does_not_do(place: Path, tmp_path: Path, capfd: pytest.Captur
     few = data_yaml(tmp_path / "few", train=7)
     other = tmp_path / "few" / "three.yaml"
     other.write_text(yaml.safe_dump(yaml.safe_load(few.read_text()) | {"names": ["a", "b", "c"]}))
-    for data, line in ((few, "its training split has 7 images, and int8 needs 8"), (other, "and this one does not fit their 3")):
+    for data, line in ((few, "its training split has 7 images, and int8 needs 8"), (other, "knows the data's 3 classes, and this one knows 2")):
         capfd.readouterr()
         assert train.main([*flags(place, "none"), "--data", str(data)]) == 2
         errors = [text for text in capfd.readouterr().err.splitlines() if "rror" in text]

@@ -90,9 +90,13 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
                 raise
             line = f"{error.filename or 'output'}: {error.strerror}: choose a folder with room that you may write to"
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if str(error).startswith("DataLoader worker"):
+                line = ("a process that loads images was killed, for lack of memory most likely: lower --batch-size or --workers, give "
+                        "--cache none, or (in Docker) more shared memory: --shm-size 8g")
+            elif not _is_out_of_memory(error):
                 raise
-            line = "out of memory: lower --imgsz, or --batch-size where there is one"
+            else:
+                line = "out of memory: lower --imgsz, or --batch-size where there is one"
         print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
 

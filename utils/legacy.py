@@ -116,7 +116,8 @@ def _tensors(archive: Archive, root: Instance) -> Iterator[tuple[str, TensorRef]
 def _names(names: Any, nc: Any, archive: Archive) -> tuple[str, ...]:
     """Names from a list, or from a dict in the order of its numbers; numbers where there are none."""
     if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else str(key)))]
+        numbers = {key: int(key) for key in names if isinstance(key, int) or (isinstance(key, str) and key.isdecimal() and len(key) < 10)}
+        names = [names[key] for key in sorted(names, key=lambda key: (key not in numbers, numbers.get(key, str(key))))]
     if not names and type(nc) is int and 0 < nc < _MAX_PARTS:
         names = range(nc)
     if not names or not isinstance(names, (list, tuple, range)) or not all(isinstance(name, (str, int, float)) for name in names):

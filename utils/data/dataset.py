@@ -16,7 +16,7 @@ from utils.data.labels import Split
 from utils.hyp import Hyp
 from utils.log import warn
 
-Key = tuple[int, int]  # (epoch, index): all that a sample's randomness depends on, besides the seed
+Key = tuple[int, ...]  # (epoch, index), drawn again (epoch, index, times before): all that a sample's randomness depends on, besides the seed
 
 
 class Sample(NamedTuple):
@@ -48,7 +48,7 @@ class _Images:
         except ImageError as error:
             if index not in self._reported:
                 self._reported.add(index)
-                warn(f"{error}; it is left out")
+                warn(f"{error}; a grey image stands in for it, whose objects a validation counts as missed")
             width, height = scaled_to(self._size(index), self.imgsz)
             return np.full((height, width, 3), augment.GREY, np.uint8), boxes[:0]
 
@@ -79,8 +79,7 @@ class TrainDataset(torch.utils.data.Dataset):
         return len(self.images.split.images)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        index, rng = key[1], np.random.default_rng((self.seed, *key))
         use_mosaic = rng.random() < self.hyp.mosaic
         sample = self._mosaic(index, rng) if use_mosaic else self._single(index, rng)
         if use_mosaic and rng.random() < self.hyp.mixup:
@@ -118,7 +117,7 @@ class RectDataset(torch.utils.data.Dataset):
         return len(self.targets)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
+        index = key[1]
         image, boxes = self.images.read(index)
         target = tuple(int(v) for v in self.targets[index])
         box = centre_in(tuple(int(v) for v in self.images.split.sizes[index]), (image.shape[1], image.shape[0]), target)
@@ -127,7 +126,7 @@ class RectDataset(torch.utils.data.Dataset):
         if self.hyp is None:
             return Sample(image[..., ::-1], normalised, index, box)
         pixels = np.concatenate((boxes[:, :1], cxcywh_to_xyxy(normalised[:, 1:]) * np.array(target * 2, np.float32)), 1)
-        return _finish(image, pixels, index, self.hyp, np.random.default_rng((self.seed, epoch, index)))
+        return _finish(image, pixels, index, self.hyp, np.random.default_rng((self.seed, *key)))
 
 
 def _into(cxcywhn: np.ndarray, box: Letterbox, target: tuple[int, int]) -> np.ndarray:

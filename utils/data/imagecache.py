@@ -66,10 +66,16 @@ class ImageCache:
         return slot
 
 
-def memory_limit(mode: CacheMode, processes: int) -> int:
-    """Bytes that the caches of one of so many processes may take together: half of what is free with auto, else all of it."""
+def memory_limit(mode: CacheMode, processes: int, taken: int = 0) -> int:
+    """Bytes that the caches of one of so many processes may take together: half of what is free with auto, else all of it.
+
+    Args:
+        taken: of each process's share, by what is yet to begin.
+    """
     free = free_memory_bytes() // processes
-    return free // 2 if mode == "auto" else free or sys.maxsize  # where the system does not tell
+    if not free:  # the system does not tell
+        return 0 if mode == "auto" else sys.maxsize
+    return max(free - taken, 0) // (2 if mode == "auto" else 1)
 
 
 def _block(size: int, on_disk: bool, folder: Path | None) -> np.ndarray:

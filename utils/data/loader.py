@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -53,14 +54,20 @@ class EpochBatches(Sampler[list[Key]]):
         starts = np.arange(len(self)) * self.batch_size
         if self.shuffle == "batches":
             starts = rng.permutation(starts)
+        keys: list[Key] = [(self.epoch, int(i)) for i in order]
+        if self.weights is not None:  # an image that is drawn again is augmented anew
+            times: Counter[Key] = Counter()
+            for n, key in enumerate(keys):
+                keys[n] = (*key, times[key]) if times[key] else key
+                times[key] += 1
         for start in starts:
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size][self.rank :: self.world]]
+            yield keys[start : start + self.batch_size][self.rank :: self.world]
 
 
 def worker_count(asked: int) -> int:
-    """Loader processes to start: what was asked, at most one for each core, none on a single core."""
+    """Loader processes to start: what was asked, at most one for each core of this process's share, none on a single core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(asked, cores if cores > 1 else 0)
+    return min(asked, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1) if cores > 1 else 0)
 
 
 def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -31,9 +32,9 @@ def open_splits(options: DataOptions, names: Sequence[str]) -> list[Split]:
 
 def val_loader(
     split: Split, imgsz: int, batch_size: int, stride: int | None, workers: int, device: torch.device,
-    cache: CacheMode = "none", limit_bytes: int = 0,
+    cache: CacheMode = "none", limit_bytes: int = 0, folder: Path | None = None,
 ) -> DataLoader:
     """Rectangular batches of a split in a fixed order, squares without a `stride`; see `RectDataset` and `ImageCache` for the arguments."""
-    images = ImageCache(scaled_sizes(split, imgsz), cache, limit_bytes)
+    images = ImageCache(scaled_sizes(split, imgsz), cache, limit_bytes, folder)
     dataset = RectDataset(split, imgsz, images, rect_targets(split, imgsz, stride, batch_size))
     return make_loader(dataset, EpochBatches(rect_order(split), batch_size), worker_count(workers), device.type == "cuda")

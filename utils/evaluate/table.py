@@ -16,7 +16,8 @@ def score_table(result: ValResult, split: Split, per_class: bool) -> str:
     def line(name: str, images: int, objects: int, values: tuple[float, ...]) -> str:
         return f"{name[:24]:>{width}}  {images:>7}  {objects:>8}  " + "  ".join(f"{v:>{8 if n == 4 else 7}.4f}" for n, v in enumerate(values))
 
-    counts = np.array([np.bincount(t.cls, minlength=len(split.names)) for t in result.truths])
+    objects = [t.cls if t.crowd is None else t.cls[~np.asarray(t.crowd, bool)] for t in result.truths]
+    counts = np.array([np.bincount(cls, minlength=len(split.names)) for cls in objects])
     lines.append(line("all", len(result.truths), int(counts.sum()), tuple(m.values())))
     if per_class and len(split.names) > 1:
         for k in c.classes:

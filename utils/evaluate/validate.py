@@ -35,7 +35,7 @@ class Speed(NamedTuple):
 
 @dataclass(frozen=True)
 class ValResult:
-    indices: tuple[int, ...]  # of the split, in the order of the next two
+    indices: tuple[int, ...]  # of the split, rising, as the next two
     truths: list[Truth]
     detections: list[Detections]
     scores: CocoScores
@@ -86,6 +86,8 @@ def validate(
             indices.extend(batch.indices)
             end = time.perf_counter()
     detections = [found for share in shares for found in share.detections]
+    order = np.argsort(indices)  # of equal confidences the earlier image's comes first, as in pycocotools, not the one that was padded with others
+    indices, detections = [indices[n] for n in order], [detections[n] for n in order]
     if single_cls:
         detections = [found._replace(cls=np.zeros_like(found.cls)) for found in detections]
     truths = [truth_of(split, i) for i in indices]

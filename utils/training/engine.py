@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,7 +73,7 @@ def train_epoch(
     for n, batch in enumerate(bar):
         images, step = resize(n, to_input(batch.images, device)), settings(n)
         with averaging(network, now=stepper.moves_next(step) or n + 1 == len(batches)):
-            with autocast(device, dtype):
+            with autocast(device, dtype), _enough_for_norms(images):
                 outputs = network(images)
             loss = criterion(outputs, batch.targets.to(device, non_blocking=True))
             stepper.backward(loss.total * world, step, len(images) * world)
@@ -83,6 +84,19 @@ def train_epoch(
         bar.set_postfix_str(f"{means} {rate:.0f} img/s {peak_memory_bytes(device) / 2**30:.2f} GB", refresh=False)
     stepper.step()  # what is gathered belongs to this epoch: the next one starts clean, here or in a resumed run
     return EpochResult(total / (n + 1), n + 1, step, rate)
+
+
+@contextmanager
+def _enough_for_norms(images: Tensor) -> Iterator[None]:
+    """PyTorch's batch norm refuses a single value a channel: one image, at the coarsest map one pixel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        size = f"{images.shape[3]}x{images.shape[2]} px"
+        raise UserError(f"batch norm needs more than {len(images)} image of {size} in a batch: give a larger --imgsz, or a --batch-size that leaves "
+                        "no single image over") from error
 
 
 def _finite_parts(loss: Loss, names: tuple[str, ...], n: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import val_loader
 from utils.device import compute_dtype, peak_memory_bytes
 from utils.distributed import World
+from utils.errors import UserError
 from utils.evaluate.table import score_table
 from utils.evaluate.validate import ValResult, validate
 from utils.files import atomic_write, remove_leftovers
@@ -51,7 +52,7 @@ class Training:
 
     def __init__(
         self, model: torch.nn.Module, run: Run, train_split: Split, val_split: Split, device: torch.device, world: World = _ALONE,
-        distillation: Distillation | None = None, sparsity: Sparsity = _DENSE,
+        distillation: Distillation | None = None, sparsity: Sparsity = _DENSE, step_bytes: int = 0,
     ) -> None:
         """
         Args:
@@ -59,6 +60,7 @@ class Training:
             run: in its folder, with a whole batch size (over all processes) and an image size that the strides divide.
             distillation: `model` beside its teachers, if it has any.
             sparsity: of `model`.
+            step_bytes: of this machine's memory that a step takes in this process, which the caches leave free.
         """
         config, hyp = run.config, run.hyp
         self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run.folder, device, world
@@ -66,7 +68,7 @@ class Training:
         self.dtype = compute_dtype(config.precision, device)
         self.state = run.state or TrainState({}, dataclasses.asdict(hyp))
         self.state.config = dataclasses.asdict(config)
-        self._load_data()
+        self._load_data(step_bytes)
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing, model.strides)
         self.distillation = distillation
         self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
@@ -91,6 +93,7 @@ class Training:
             epoch = self.state.epoch
             epoch_start = time.perf_counter()
             trained = self.train_one_epoch(epoch, _eta(self.state, self.config.epochs, self.config.time_limit * 60))
+            self._check_weights(epoch)
             if self.sparsity.soft_pruning:
                 self.sparsity.soft_pruning(self.model, self.stepper.ema.model)
             self._calibrate()
@@ -136,10 +139,10 @@ class Training:
         else:
             info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
 
-    def _load_data(self) -> None:
+    def _load_data(self, step_bytes: int) -> None:
         config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
-        limit = memory_limit(config.cache, self.world.size)
+        limit = memory_limit(config.cache, self.world.size, step_bytes)
         sizes = scaled_sizes(self.train_split, config.imgsz)
         cache = ImageCache(sizes, config.cache, limit, self.run_dir)
         if config.rect:
@@ -153,7 +156,7 @@ class Training:
         self.train_loader = make_loader(train_set, self.batches, workers, pin)
         if self.world.rank == 0:
             self.val_loader = val_loader(self.val_split, config.imgsz, config.batch_size // self.world.size, stride, config.workers, self.device,
-                                         config.cache, max(limit - cache.bytes, 0))
+                                         config.cache, max(limit - cache.bytes, 0), self.run_dir)
 
     def train_one_epoch(self, epoch: int, eta: str = "") -> EpochResult:
         """One pass over the training split; the caller counts epochs, validates and saves."""
@@ -170,6 +173,13 @@ class Training:
             settings=lambda n: settings(self.state.step + n, done, warmup, config.batch_size, self.hyp, config.cos_lr),
             resize=resize, title=f"epoch {epoch + 1}/{config.epochs} {eta}".rstrip(), world=self.world.size,
         )
+
+    def _check_weights(self, epoch: int) -> None:
+        """The loss tells of all steps but an epoch's last."""
+        average = self.stepper.ema.model.state_dict()
+        if broken := [key for key, tensor in average.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+            raise UserError(f"after epoch {epoch + 1} {len(broken)} tensors are not finite, {broken[0]} the first: lower lr0 in --hyp, or try "
+                            "--precision fp32; last.pt holds the epoch before, if there was one")
 
     def _image_weights(self) -> np.ndarray | None:
         """--image-weights: images of classes that score low, and of rare ones, are drawn more often."""
@@ -190,7 +200,8 @@ class Training:
             return
         network = self._for_inference(self.stepper.ema.model)
         self.result = validate(network, self.val_loader, self.val_split, self.device, self.dtype, criterion=self.criterion)
-        self.state.class_ap = np.nan_to_num(self.result.scores.per_class_ap).tolist()
+        scores = self.result.scores
+        self.state.class_ap = np.nan_to_num(scores.per_class_ap, nan=np.nan_to_num(scores.ap)).tolist()  # what val lacks is as needy as the mean
 
     def _record(self, epoch: int, trained: EpochResult, seconds: float) -> None:
         row = {"epoch": epoch, "time_s": round(seconds, 3)}
@@ -211,8 +222,12 @@ class Training:
         write_results(self.run_dir / "results.csv", self.state.history)
 
     def _keep_best(self, epoch: int) -> None:
-        if self.result and self.result.fitness > self.state.best_fitness:
-            self.state.best_fitness, self.state.best_epoch = self.result.fitness, epoch
+        if not self.result:
+            return
+        fitness = self.result.fitness
+        # Where nothing is found yet the latest network is the best, and patience has not begun.
+        if fitness > self.state.best_fitness or fitness == self.state.best_fitness == 0:
+            self.state.best_fitness, self.state.best_epoch = fitness, epoch
             if not self.config.nosave:
                 self._save_best()
 
@@ -229,6 +244,7 @@ class Training:
     def _checkpoint(self, half: bool) -> Checkpoint:
         weights = self.stepper.ema.model.state_dict()
         metrics = self.result.metrics() if self.result else {}
+        half = half and all(t.abs().max() <= torch.finfo(torch.float16).max for t in weights.values() if t.is_floating_point() and t.numel())
         weights = cast_floats(weights, torch.float16 if half else torch.float32)
         return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz, self.quantization is not None)
 

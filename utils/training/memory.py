@@ -19,6 +19,13 @@ _LARGEST = 512
 _PROBE_PX = 256  # the strides of any head up to P8 divide it
 
 
+class Fit(NamedTuple):
+    """A batch that fits."""
+
+    batch_size: int  # over all processes
+    step_bytes: int  # that a step of it takes in each
+
+
 class StepMemory(NamedTuple):
     """What autograd keeps for a backward pass, in bytes."""
 
@@ -55,7 +62,7 @@ def step_memory(model: nn.Module, imgsz: int, device: torch.device, dtype: torch
 
 def fit_batch(
     model: nn.Module, batch_size: int, imgsz: int, device: torch.device, world: World, images: int, dtype: torch.dtype = torch.float32
-) -> int:
+) -> Fit:
     """`batch_size` (over all processes), or for -1 the largest that fits in memory, at most the set's own number of images.
 
     Args:
@@ -80,4 +87,4 @@ def fit_batch(
         if device.type == "cpu" or batch_size > may_fit:
             raise UserError(told)
         warn(f"{told}, if it runs out of memory")  # a GPU says so in time; the allowance was measured on a CPU
-    return batch_size
+    return Fit(batch_size, batch_size // world.size * each + state)

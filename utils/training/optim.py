@@ -49,10 +49,10 @@ def build_optimizer(model: nn.Module, name: str, hyp: Hyp, batch_size: int, fuse
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take up a saved state, each tensor laid out in memory like its parameter: a fused step pairs the two by place, and files hold plain order."""
-    fused = [group["fused"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, fused, strict=True):  # of this run's precision, not of the one before
-        group["fused"] = own
+    groups = state.get("param_groups", ())
+    if len(groups) == len(optimizer.param_groups):  # fused is of this run's precision, not of the one before: it says where Adam counts
+        groups = [saved | {"fused": own["fused"]} for saved, own in zip(groups, optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
             if value is not None and value.shape == parameter.shape:

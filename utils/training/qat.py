@@ -43,18 +43,19 @@ def fine_tuning(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"epochs": _EPOCHS, "hyp": _HYP, "precision": "fp32", "noautoanchor": True, **trained_at, **given}
 
 
-def to_fine_tune(model: Any, left: Sequence[str], origin: str) -> Any:
+def to_fine_tune(model: Any, knows: Sequence[str], origin: str) -> Any:
     """The fused network of a DetectionModel that took a checkpoint's weights, as one to train.
 
     Args:
-        left: its tensors that the checkpoint did not have.
+        knows: the checkpoint's classes; upper and lower case are one.
 
     Raises:
         UserError: the checkpoint is of other classes.
     """
-    if left:
-        raise UserError(f"{origin}: --qat fine-tunes a network that knows the data's classes, and this one does not fit their {len(model.names)}: "
-                        "train it on the data first")
+    if [name.lower() for name in knows] != [name.lower() for name in model.names]:
+        first = next((f", {a!r} where the data has {b!r}" for a, b in zip(knows, model.names, strict=False) if a.lower() != b.lower()), "")
+        raise UserError(f"{origin}: --qat fine-tunes a network that knows the data's {len(model.names)} classes, and this one knows "
+                        f"{len(knows)}{first}: train it on the data first; if only the names differ, write them alike in the data YAML")
     return model.folded()
 
 

@@ -111,6 +111,11 @@ def resumed_run(given: dict[str, Any]) -> Run:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
         raise UserError(f"{last}: finished after {state.epoch} epochs: give --epochs {state.epoch * 2} to go on, or --weights {last} to start anew")
+    if state.epoch >= config.epochs:
+        raise UserError(f"{last}: --epochs {config.epochs}: {state.epoch} are done: give more to go on")
+    if state.finished and not given.keys() & {"epochs", "time_limit", "patience"}:
+        raise UserError(f"{last}: its --time-limit or --patience ended it after epoch {state.epoch} of {config.epochs}: give another of these to "
+                        f"go on, or --weights {last} to start anew")
     folder = last.resolve().parent
     if folder.name != "weights":
         raise UserError(f"{last}: --resume goes on in the run's folder, and this file has left its weights/: move it back, or start anew with "
