@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "or start from the checkpoint before")
             config = dataclasses.replace(config, imgsz=model.whole_strides(config.imgsz))
             info(adapt_anchors(model, train_split, config.imgsz, hyp.anchor_t, config.noautoanchor, config.seed))
-        for layer in model.unread_rows:  # processes would wait for each other's gradients of it
-            warn(f"{layer.place}: no row reads what it gives, so that it is not trained")
-            model.model[layer.row].requires_grad_(False)
+        for layer in model.unread_rows:
+            warn(f"{layer.place}: nothing of it reaches Detect, so that it is not trained")
+            if world.size > 1:  # processes would wait for each other's gradients of it
+                model.model[layer.row].requires_grad_(False)
         freeze_rows(model, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         distillation = build_distillation(model, [load_model(path) for path in config.teacher], config, device) if config.teacher else None

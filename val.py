@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
-    weights.tell_limits(nms)
+    weights.tell_limits(dataclasses.replace(nms, agnostic=config.single_cls))
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)

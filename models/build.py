@@ -75,15 +75,17 @@ def _max_stride(spec: ModelSpec, modules: Sequence[nn.Module], coarsest: int) ->
     Raises:
         UserError: none of these will do; the row where the first fails.
     """
-    first = None
+    told = None
     for stride in (coarsest, 2 * coarsest, 4 * coarsest):
-        for odd in (3, _DRY_RUN_PX // stride | 1):  # multiples: few, which are soon run; as large as the image that the rows are known to take
+        # In multiples: few, which are soon run; then as large as the image that the rows are known to take.
+        for odd in sorted({3, _DRY_RUN_PX // stride | 1}):
             try:
                 _dry_run(spec, modules, odd * stride, (odd + 2) * stride)
                 return stride
             except UserError as error:
-                first = first or error
-    raise first
+                failed = error
+        told = told or failed
+    raise told
 
 
 def _dry_run(spec: ModelSpec, modules: Sequence[nn.Module], height: int = _DRY_RUN_PX, width: int = _DRY_RUN_PX) -> dict[int, Any]:

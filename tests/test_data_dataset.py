@@ -173,7 +173,7 @@ def test_an_image_that_is_drawn_again_is_augmented_anew(tmp_path):
     batches = EpochBatches(np.arange(3), 3)
     batches.weights = np.array([1.0, 0, 0])
     ((first, second, third),) = list(batches)
-    assert (first, second, third) == ((0, 0), (0, 0, 1), (0, 0, 2)), "the first as without weights"
+    assert (first, second, third) == ((0, 0), (0, 0, 2), (0, 0, 3)), "the first as without weights"
     pixels = [dataset[key].image for key in (first, second, third)]
     assert not any(np.array_equal(pixels[n], pixels[n - 1]) for n in range(3))
 
@@ -194,7 +194,7 @@ def test_more_images_than_memory_are_refused(monkeypatch):
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 3 * 100 * 80 * 2)
     assert ImageCache(sizes, "ram", memory_limit("ram", 2)).capacity == ImageCache(sizes, "auto", memory_limit("auto", 1)).capacity == 1
     assert ImageCache(sizes, "auto", memory_limit("auto", 2)).capacity == 0
-    with pytest.raises(UserError, match=r"0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"0\.0 GB are free for them"):
         ImageCache(sizes, "ram", memory_limit("ram", 3))
     assert memory_limit("ram", 1, taken=20_000) == 28_000 and memory_limit("auto", 1, taken=20_000) == 14_000 and memory_limit("ram", 1, 10**6) == 0
     monkeypatch.setattr(imagecache, "free_memory_bytes", lambda: 0)  # a system that does not tell

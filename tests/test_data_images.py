@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from utils.data.images import ImageError, check_image, image_size, read_image
+from utils.data.images import ImageError, check_image, image_size, pillow_to_bgr, read_image
 
 WIDTH, HEIGHT = 61, 37
 
@@ -122,6 +122,12 @@ def test_32_bits_are_refused_and_not_black(tmp_path):
         Image.fromarray(values).save(tmp_path / f"{n}.tif")
         with pytest.raises(ImageError, match=r"\.tif: pixels of 32 bits: save it with 8 or 16 bits"):
             read_image(tmp_path / f"{n}.tif")
+
+
+def test_16_bits_as_pillow_holds_them(tmp_path):
+    Image.fromarray(np.full((8, 8), 51_200, np.uint16)).save(tmp_path / "grey.pgm")
+    for image in (read_image(tmp_path / "grey.pgm"), pillow_to_bgr(Image.open(tmp_path / "grey.pgm"))):
+        assert (image == 200).all()
 
 
 def test_more_pixels_than_can_be_read_are_told_by_the_scan(tmp_path, monkeypatch):

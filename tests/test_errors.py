@@ -42,7 +42,7 @@ def test_a_loader_that_is_killed(capsys):
     def main(argv):
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. Its shared memory is full.")
 
-    assert main([]) == 2 and capsys.readouterr().err.startswith("error: a process that loads images was killed")
+    assert main([]) == 2 and capsys.readouterr().err.startswith("error: a process that loads images has ended (DataLoader worker (pid 12)")
 
 
 @pytest.mark.parametrize("error", [

@@ -42,9 +42,13 @@ from utils.errors import script
 from utils.files import atomic_write
 @script
 def main(argv=None):
+    begun, begins = os.pipe()
     worker = os.fork()
     if not worker:
+        os.write(begins, b".")  # before, a signal may be forgotten
         time.sleep(60)
+        os._exit(1)
+    os.read(begun, 1)
     with atomic_write(Path("video.mp4")) as temporary:
         temporary.write_bytes(b"frames")
         try:
@@ -64,7 +68,8 @@ raise SystemExit(code)
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
 def test_an_end_that_is_asked_for_loses_nothing(tmp_path: Path):
     root = str(Path(__file__).parents[1])
-    run = subprocess.run([sys.executable, "-c", ASKED_TO_END], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", ASKED_TO_END], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
+                         start_new_session=True, timeout=120)
     assert run.returncode == 2 and run.stderr.startswith("error: interrupted"), run.stderr
     assert run.stdout == "143\n", "a worker has nothing to end well"
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]

@@ -182,7 +182,7 @@ def test_a_run_trains_and_scores_what_int8_computes(place: Path, monkeypatch: py
     monkeypatch.setattr(QuantizationAware, "forward", lambda self, images: trained.append(len(self.ranges)) or forward(self, images))
     monkeypatch.setattr(fit, "validate", lambda network, *args, **named: scored.append(network) or validated(network, *args, **named))
     assert train.main(flags(place, "seen")) == 0
-    assert trained == [8] * 9, "what takes memory, three times, then two epochs of three batches: eight layers rounded"
+    assert trained == [8] * 8, "what takes memory, twice, then two epochs of three batches: eight layers rounded"
     rounding = [[name for name, module in network.named_modules() if module._forward_pre_hooks] for network in scored]
     assert len(scored) == 3 and all(len(names) == 8 for names in rounding), "after each epoch, and best.pt in the end"
 

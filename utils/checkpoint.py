@@ -28,7 +28,7 @@ class Checkpoint:
     Attributes:
         spec: the keys of a model YAML; rebuilds the network.
         names: class names, one a class.
-        state_dict: weights to infer with (EMA where trained), fp16 in best.pt.
+        state_dict: weights to infer with (EMA where trained); in best.pt see `for_inference`.
         metrics: as measured when it was saved.
         imgsz: side in pixels that it was trained for, if known.
         int8: the weights were fine-tuned for int8 (train.py --qat), by this file's own training.
@@ -47,6 +47,13 @@ class Checkpoint:
 def cast_floats(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating-point tensors in `dtype`, counters as they are."""
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state_dict.items()}
+
+
+def for_inference(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In fp16, as files for inference are; in fp32 where a value is beyond it."""
+    half = cast_floats(state_dict, torch.float16)
+    fits = all(tensor.isfinite().all() for tensor in half.values() if tensor.is_floating_point())
+    return half if fits else cast_floats(state_dict, torch.float32)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

@@ -91,8 +91,8 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
             line = f"{error.filename or 'output'}: {error.strerror}: choose a folder with room that you may write to"
         except (MemoryError, RuntimeError) as error:
             if str(error).startswith("DataLoader worker"):
-                line = ("a process that loads images was killed, for lack of memory most likely: lower --batch-size or --workers, give "
-                        "--cache none, or (in Docker) more shared memory: --shm-size 8g")
+                line = (f"a process that loads images has ended ({short_reason(error, 100)}): if memory was short, lower --batch-size or --workers, "
+                        "give --cache none, or (in Docker) more shared memory: --shm-size 8g")
             elif not _is_out_of_memory(error):
                 raise
             else:

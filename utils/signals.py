@@ -36,17 +36,25 @@ def keep_signal_stack() -> Iterator[None]:
         sigaltstack(ctypes.byref(before), None)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, of which no child has heard, as they have of Ctrl-C."""
+
+
 @contextmanager
 def term_as_interrupt() -> Iterator[None]:
-    """SIGTERM (`kill`, `docker stop`) is heard like Ctrl-C, so that what is being written ends well. Nothing changes where others handle it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    """SIGTERM (`kill`, `docker stop`) is heard like Ctrl-C, so that what is being written ends well. Nothing changes where others handle it.
+
+    Nor in torchrun's processes but the first: they write nothing, and one that waits for the others within PyTorch would not hear it.
+    """
+    is_handled = threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if is_handled or os.environ.get("RANK", "0") != "0":
         yield
         return
     process = os.getpid()
 
     def end(*_: object) -> None:
         if os.getpid() == process:
-            raise KeyboardInterrupt
+            raise Terminated
         os._exit(128 + signal.SIGTERM)  # a loader's worker, which has nothing to end well
 
     signal.signal(signal.SIGTERM, end)

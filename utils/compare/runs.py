@@ -15,6 +15,7 @@ from utils.config import CompareConfig
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.hyp import Hyp
+from utils.signals import Terminated
 
 _ENDLESS = 100_000  # epochs, where time is the limit
 _GRACE_S = 10.0  # for a training that was interrupted to end by itself
@@ -92,9 +93,11 @@ def train(run: Run, config: CompareConfig) -> None:
             sys.stderr.buffer.write(chunk)  # the progress bar passes through
             sys.stderr.buffer.flush()
             tail = (tail + chunk)[-4000:]
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Terminated):
+            process.terminate()
         try:
-            process.wait(_GRACE_S)  # Ctrl-C reached it too: let it end its way
+            process.wait(_GRACE_S)  # it has heard of it too: let it end its way
         except subprocess.TimeoutExpired:
             process.kill()  # a signal for this process alone did not; its last epoch is on the disk
             process.wait()

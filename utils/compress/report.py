@@ -4,9 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from utils.checkpoint import Checkpoint, cast_floats, save_checkpoint
+from utils.checkpoint import Checkpoint, for_inference, save_checkpoint
 from utils.compress.plan import Plan
 from utils.compress.pruning import Pruning
 from utils.files import atomic_write, write_csv
@@ -16,8 +14,7 @@ from utils.plots.pruning import draw_candidates, draw_widths
 
 def save_pruned(path: Path, model: Any, imgsz: int) -> None:
     """As best.pt is: fp16, for inference and as the start of a training; and beside it as a YAML, to train the same widths from scratch."""
-    weights = cast_floats(model.state_dict(), torch.float16)
-    save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, weights, imgsz=imgsz))
+    save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, for_inference(model.state_dict()), imgsz=imgsz))
     with atomic_write(path.with_suffix(".yaml")) as temporary:
         temporary.write_text(model.spec.to_yaml(), encoding="utf-8")
 

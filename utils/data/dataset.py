@@ -16,7 +16,7 @@ from utils.data.labels import Split
 from utils.hyp import Hyp
 from utils.log import warn
 
-Key = tuple[int, ...]  # (epoch, index), drawn again (epoch, index, times before): all that a sample's randomness depends on, besides the seed
+Key = tuple[int, ...]  # (epoch, index), drawn for the n-th time (epoch, index, n): all that a sample's randomness depends on, besides the seed
 
 
 class Sample(NamedTuple):

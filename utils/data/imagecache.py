@@ -45,7 +45,8 @@ class ImageCache:
         self._starts = ends - lengths
         total = int(ends[self.capacity - 1]) if self.capacity else 0
         if mode == "ram" and limit_bytes < total:
-            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {limit_bytes / 2**30:.1f} GB are free: use --cache auto or disk")
+            raise UserError(f"--cache ram: the images take {total / 2**30:.1f} GB, {limit_bytes / 2**30:.1f} GB are free for them: "
+                            "use --cache auto or disk")
         self._filled = np.frombuffer(mmap.mmap(-1, max(self.capacity, 1)), np.uint8)
         self._pixels = _block(total, on_disk=mode == "disk", folder=folder)
 

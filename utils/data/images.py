@@ -225,7 +225,7 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def _decode_with_pillow(data: bytes, reduce: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
-        return _pixels(image, reduce if image.format in {"JPEG", "MPO"} else 1)
+        return _pixels(image, reduce if image.format in {"JPEG", "MPO"} else 1, image.format)
 
 
 def pillow_to_bgr(image: Image.Image) -> np.ndarray:
@@ -235,15 +235,15 @@ def pillow_to_bgr(image: Image.Image) -> np.ndarray:
         ImageError: broken, truncated, or pixels of 32 bits.
     """
     try:
-        return _pixels(ImageOps.exif_transpose(image), 1)
+        return _pixels(ImageOps.exif_transpose(image), 1, image.format)
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise ImageError(_reason(error)) from None
 
 
-def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
-    """(H, W, 3) uint8 BGR, not turned; transparency on white."""
+def _pixels(image: Image.Image, reduce: int, kind: str | None) -> np.ndarray:
+    """(H, W, 3) uint8 BGR, not turned; transparency on white. `kind` is the file's format: a copy of an image has lost it."""
     image.load()
-    if image.mode == "F" or (image.mode == "I" and image.format not in _16_BITS_AS_32):  # of an unknown range: it might come out black
+    if image.mode == "F" or (image.mode == "I" and kind not in _16_BITS_AS_32):  # of an unknown range: it might come out black
         raise ValueError(_32_BITS)
     if image.mode.startswith("I"):
         return _grey_to_bgr(np.asarray(image))

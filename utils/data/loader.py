@@ -58,8 +58,8 @@ class EpochBatches(Sampler[list[Key]]):
         if self.weights is not None:  # an image that is drawn again is augmented anew
             times: Counter[Key] = Counter()
             for n, key in enumerate(keys):
-                keys[n] = (*key, times[key]) if times[key] else key
                 times[key] += 1
+                keys[n] = (*key, times[key]) if times[key] > 1 else key  # from 2: with 1 they would be --multi-scale's streams
         for start in starts:
             yield keys[start : start + self.batch_size][self.rank :: self.world]
 

@@ -26,6 +26,7 @@ STREAM_SCHEMES = frozenset({"http", "https", "rtmp", "rtp", "rtsp", "rtsps", "tc
 
 _AHEAD = 4  # frames decoded in advance: enough to overlap with inference, little memory
 _FALLBACK_FPS = 30.0  # where the file or device does not tell
+_FASTEST = 120.0  # of a live source: more is declared, not given
 _RETRIES = 6  # in a row, of a dropped stream
 _BACKOFF_S = 0.5  # before the first retry; doubles with each
 _TIMEOUT_MS = 10_000  # to connect to a stream, and to wait for its next frame
@@ -44,7 +45,7 @@ class VideoInfo(NamedTuple):
 
 class Frame(NamedTuple):
     path: str  # the file; for streams the address without its password
-    index: int  # in its video or stream, 0 for an image; with a stride, the number among the frames shown
+    index: int  # in its video or stream, 0 for an image; with a stride, the number among the frames shown; of a live source its time in frames
     image: np.ndarray  # (H, W, 3) uint8 BGR
     video: VideoInfo | None  # None for an image
 
@@ -248,12 +249,12 @@ def _far_video_frames(address: str, name: str, stride: int, stop: threading.Even
 
 
 def _video_frames(address: str, name: str, stride: int, stop: threading.Event, miss: Miss) -> Iterator[Frame]:
-    count, lost, at_s, video = 0, 0, 0.0, None
+    count, place, lost, at_s, video = 0, 0, 0, 0.0, None
     if not is_text(address):
         raise ImageError(f"{name}: OpenCV reads no video whose name is not UTF-8: rename it")
     with _capture(address) as capture:
-        for image, video, bad in _images(capture, stride):
-            lost, at_s = bad, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        for image, video, at, bad in _images(capture, stride):
+            place, lost, at_s = at, bad, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield Frame(name, count, image, video)
             count += 1
             if stop.is_set():
@@ -262,35 +263,35 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event, m
         raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
     if lost:
         miss(f"{name}: {lost} of its frames are damaged and left out")
-    if count * stride + lost < _NEARLY_ALL * video.frames and at_s < _NEARLY_ALL * video.frames / video.fps:
-        miss(f"{name}: broken off after frame {count * stride + lost} of {video.frames}, or trimmed without being encoded anew")
+    if place + stride < _NEARLY_ALL * video.frames and at_s < _NEARLY_ALL * video.frames / video.fps:
+        miss(f"{name}: broken off after frame {place + 1} of {video.frames}, or trimmed without being encoded anew")
 
 
 def _stream_frames(address: str | int, name: str, stride: int, stop: threading.Event) -> Iterator[Frame]:
-    count, failures, seen, expected, began = 0, 0, 0, 0, 0.0
+    count, came, failures, reached, expected, began = 0, 0, 0, 0, 0, 0.0
     while not stop.is_set():
         with _capture(address) as capture:
-            if not count and not capture.isOpened():
+            if not came and not capture.isOpened():
                 raise UserError(f"{name}: can't be opened; check the address, the device and whether another program uses it")
-            for image, video, _ in _images(capture, stride):
+            for image, video, place, _ in _images(capture, stride):
                 if failures:
                     info(f"{name}: reconnected")
-                seen, expected = 1 if failures else seen + 1, video.frames
-                failures = 0
+                failures, came, reached, expected = 0, came + 1, place + stride, video.frames
+                video = video._replace(frames=0, fps=video.fps if video.fps <= _FASTEST else _FALLBACK_FPS)
                 began = began or time.monotonic()
                 if not expected:  # a camera may give fewer frames than it declares, or none for a while: its video is to last as long as life
                     count = max(count, int((time.monotonic() - began) * video.fps / stride))
-                yield Frame(name, count, image, video._replace(frames=0))
+                yield Frame(name, count, image, video)
                 count += 1
                 if stop.is_set():
                     return
-        if seen * stride >= _NEARLY_ALL * expected > 0:  # a file behind an address that does not say so
+        if reached >= _NEARLY_ALL * expected > 0:  # a file behind an address that does not say so
             return
         if failures == _RETRIES:
-            raise UserError(f"{name}: dropped after {count} frames, and {_RETRIES} attempts to reconnect failed")
+            raise UserError(f"{name}: dropped after {came} frames, and {_RETRIES} attempts to reconnect failed")
         wait_s = _BACKOFF_S * 2**failures
         failures += 1
-        warn(f"{name}: dropped after {count} frames; reconnecting in {wait_s:g} s (attempt {failures} of {_RETRIES})")
+        warn(f"{name}: dropped after {came} frames; reconnecting in {wait_s:g} s (attempt {failures} of {_RETRIES})")
         stop.wait(wait_s)
 
 
@@ -309,23 +310,24 @@ def _capture(address: str | int) -> Iterator[cv2.VideoCapture]:
         capture.release()
 
 
-def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray, VideoInfo, int]]:
-    """Every stride-th image until the capture gives no more, and how many frames before it were damaged.
+def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray, VideoInfo, int, int]]:
+    """Every stride-th image until the capture gives no more, its place from 0, and how many frames before it were damaged.
 
     The size is the image's own: the container's ignores rotation.
     """
     fps, frames = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     fps = fps if 0 < fps <= 1000 else _FALLBACK_FPS
     frames = int(frames) if 0 < frames < 2**40 else 0
-    place, due, lost, bad, bad_since = -1, 0, 0, 0, 0.0
-    while bad <= _BAD_IN_A_ROW and (not bad or time.monotonic() - bad_since < _TIMEOUT_MS / 1000):
+    place, due, lost, bad, alive = -1, 0, 0, 0, time.monotonic()
+    while bad <= _BAD_IN_A_ROW and (not bad or time.monotonic() - alive < _TIMEOUT_MS / 1000):
         there, image = capture.grab(), None
         if there and place + bad + 1 >= due:
             there, image = capture.retrieve()
         if not there:
-            bad, bad_since = bad + 1, bad_since if bad else time.monotonic()
+            bad += 1
             continue
         place, lost, bad = place + bad + 1, lost + bad, 0
         if image is not None:
-            due += stride
-            yield image, VideoInfo(fps, frames, image.shape[1], image.shape[0]), lost
+            due = place + stride
+            yield image, VideoInfo(fps, frames, image.shape[1], image.shape[0]), place, lost
+        alive = time.monotonic()

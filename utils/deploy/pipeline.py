@@ -39,7 +39,7 @@ def detect(source: Source, predictor: Predictor, writer: ResultWriter, view: boo
             writer.close()
             if isinstance(error, UserError):
                 raise
-            info("stopped by Ctrl-C")
+            info("stopped")
     tally.seconds = time.perf_counter() - start
     return tally
 

@@ -31,6 +31,7 @@ class ExportedNetwork:
 
     Attributes:
         at_once: callers that it serves side by side.
+        batch: the only number of images that the file takes at once; None: any.
         metadata: None in files of other projects.
         names: of the classes.
         strides: of the levels, pixels; of another project's file the largest alone.
@@ -50,7 +51,7 @@ class ExportedNetwork:
         """
         self.path, self._session, self.at_once = path, session, at_once
         batch, height, width = _image_shape(path, session.inputs)
-        self.batch = batch  # the only number of images that the file takes at once; None: any
+        self.batch = batch
         self.fixed = (height, width) if height and width else None
         self.metadata = metadata_from_props(session.props, str(path))
         if self.metadata:

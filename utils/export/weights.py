@@ -1,6 +1,7 @@
 """An opened network with what those who feed it need to know, and the door for exported files, which needs no PyTorch."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ class OpenNetwork:
 
     def tell_limits(self, options: NmsOptions) -> None:
         """One line where its own suppression keeps other boxes than asked for."""
-        if self.nms and (limits := self.nms.falls_short(options)):
+        across = options.agnostic and len(self.names) > 1
+        if self.nms and (limits := self.nms.falls_short(dataclasses.replace(options, agnostic=across))):
             _warn_once(f"{self.path}: {limits}")
 
     def square_size(self, asked: int | None) -> int:

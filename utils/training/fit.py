@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.checkpoint import Checkpoint, cast_floats, load_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint, cast_floats, for_inference, load_checkpoint, save_checkpoint
 from utils.compress.rounding import rounded
 from utils.config import for_next
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
@@ -244,8 +244,7 @@ class Training:
     def _checkpoint(self, half: bool) -> Checkpoint:
         weights = self.stepper.ema.model.state_dict()
         metrics = self.result.metrics() if self.result else {}
-        half = half and all(t.abs().max() <= torch.finfo(torch.float16).max for t in weights.values() if t.is_floating_point() and t.numel())
-        weights = cast_floats(weights, torch.float16 if half else torch.float32)
+        weights = for_inference(weights) if half else cast_floats(weights, torch.float32)
         return Checkpoint(self.model.spec.to_dict(), self.model.names, weights, metrics, self.config.imgsz, self.quantization is not None)
 
     def _save_best(self) -> None:

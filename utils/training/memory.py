@@ -56,8 +56,10 @@ def step_memory(model: nn.Module, imgsz: int, device: torch.device, dtype: torch
         return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own) + maps
 
     small = min(imgsz, _PROBE_PX)
-    once = max(3 * kept_bytes(2, small) - 2 * kept_bytes(3, small), 0)
-    return StepMemory(once, max(int((kept_bytes(2, imgsz) - once) / 2 * _OVERHEAD), 1))
+    two = kept_bytes(2, small)
+    once = max(3 * two - 2 * kept_bytes(3, small), 0)
+    two = two if small == imgsz else kept_bytes(2, imgsz)
+    return StepMemory(once, max(int((two - once) / 2 * _OVERHEAD), 1))
 
 
 def fit_batch(
