@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = world.share(create_folder(run, config) if world.rank == 0 else None)
         run = dataclasses.replace(run, config=config, folder=folder, checkpoint=None)  # its tensors are the model's and the state's now
         with discarded_if_refused(folder, PREPARED):
-            in_memory = fit.step_bytes if device.type == "cpu" else 0
-            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity, in_memory)
+            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity, fit.host_bytes)
         if world.rank == 0 and not config.noplots and not run.state:
             training.draw_data()
         training.run()

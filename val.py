@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_plugin(config.plugin)
     weights = open_weights(config.weights, config.device, config.compute_precision, config.data, config.data_root)
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
-    weights.tell_limits(dataclasses.replace(nms, agnostic=config.single_cls))
+    nms = nms.with_one_class() if config.single_cls else nms
+    weights.tell_limits(nms)
     imgsz = weights.square_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)

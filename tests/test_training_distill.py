@@ -252,7 +252,7 @@ def test_teachers_that_do_not_fit(tmp_path: Path, spec: dict[str, int], message:
 
 
 def test_classes() -> None:
-    check_classes(("Red", "green "), ("red", "Green"), "t.pt")
+    check_classes(("Red", "green "), ("red", "Green"), "t.pt", "take another")
     many = [f"c{n}" for n in range(80)]
     for names, wanted, parts in (
         (("red",), NAMES, ("t.pt", "the 1 classes red,", "the 2 classes red, green")),
@@ -261,8 +261,8 @@ def test_classes() -> None:
         ([*many[:-1], "other"], many, ("class 79 is other there, c79 here",)),
     ):
         with pytest.raises(UserError) as error:
-            check_classes(names, wanted, "t.pt")
-        assert all(part in str(error.value) for part in parts), error.value
+            check_classes(names, wanted, "t.pt", "take another")
+        assert all(part in str(error.value) for part in (*parts, ": take another; ")), error.value
 
 
 # features

@@ -376,6 +376,7 @@ def test_batch_that_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert fit_batch(model, -1, 64, CPU, alone, images=100_000).batch_size == 512
     assert fit_batch(model, -1, 64, CPU, two, images=7).batch_size == 6 and fit_batch(model, -1, 64, CPU, two, images=1).batch_size == 2
     assert fit_batch(model, 16, 64, CPU, alone, images=10).batch_size == 16
+    assert 8 * each < fit_batch(model, 16, 64, CPU, two, images=10).host_bytes < fit_batch(model, 16, 64, CPU, alone, images=10).host_bytes
     with pytest.raises(UserError, match=r"--batch-size 1000000 at 64 px needs about .* GB a process, .* use --batch-size \d+ or less"):
         fit_batch(model, 1_000_000, 64, CPU, alone, images=10)
     with pytest.raises(UserError, match="multiple of 2"):
@@ -416,7 +417,7 @@ def test_a_gpu_is_given_the_benefit_of_the_doubt(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("utils.training.memory.step_memory", lambda *_: StepMemory(0, 2**20))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**27, 2**27))
     model = tiny_model(tmp_path)
-    assert fit_batch(model, 128, 64, cuda, World(), images=10).batch_size == 128
+    assert fit_batch(model, 128, 64, cuda, World(), images=10) == (128, 0), "nothing of the machine's own memory"
     assert "use --batch-size 108 or less" in capsys.readouterr().err
     with pytest.raises(UserError, match="use --batch-size 108 or less"):
         fit_batch(model, 256, 64, cuda, World(), images=10)

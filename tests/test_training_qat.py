@@ -335,7 +335,7 @@ def test_other_classes_of_the_same_number(place: Path, tmp_path: Path, capfd: py
     content = yaml.safe_load(data.read_text())
     (tmp_path / "others.yaml").write_text(yaml.safe_dump(content | {"path": str(data.parent), "names": [f"other {n}" for n in content["names"]]}))
     assert train.main([*own, "--data", str(tmp_path / "others.yaml")]) == 2
-    assert "where the data has 'other " in capfd.readouterr().err and not (place / "runs" / "others").exists()
+    assert "(class 0 is " in capfd.readouterr().err and not (place / "runs" / "others").exists()
 
 
 @pytest.mark.parametrize(("extra", "line"), [
@@ -358,7 +358,7 @@ def test_data_that_does_not_do(place: Path, tmp_path: Path, capfd: pytest.Captur
     few = data_yaml(tmp_path / "few", train=7)
     other = tmp_path / "few" / "three.yaml"
     other.write_text(yaml.safe_dump(yaml.safe_load(few.read_text()) | {"names": ["a", "b", "c"]}))
-    for data, line in ((few, "its training split has 7 images, and int8 needs 8"), (other, "knows the data's 3 classes, and this one knows 2")):
+    for data, line in ((few, "its training split has 7 images, and int8 needs 8"), (other, "best.pt: knows the 2 classes")):
         capfd.readouterr()
         assert train.main([*flags(place, "none"), "--data", str(data)]) == 2
         errors = [text for text in capfd.readouterr().err.splitlines() if "rror" in text]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -32,6 +32,10 @@ class NmsOptions:
     agnostic: bool = False
     classes: Sequence[int] | None = None
     max_det: int = 1000
+
+    def with_one_class(self) -> NmsOptions:
+        """As where every box counts as the same class."""
+        return replace(self, multi_label=False, agnostic=True)
 
 
 VALIDATION = NmsOptions(conf_thres=0.001, iou_thres=0.6, multi_label=True, max_det=300)

@@ -1,7 +1,6 @@
 """One network in all its formats: the checkpoint and the exported files beside it, each scored, timed and started anew."""
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import subprocess
 import sys
@@ -152,7 +151,7 @@ class FormatComparison:
 
     def _score(self, row: FormatRow, split: Split) -> None:
         weights = self._open(row)
-        weights.tell_limits(dataclasses.replace(VALIDATION, agnostic=self.config.single_cls))
+        weights.tell_limits(VALIDATION.with_one_class() if self.config.single_cls else VALIDATION)
         check_classes(weights.names, split.names, self.config.single_cls, str(row.path))
         imgsz = weights.square_size(self.imgsz)
         loader = val_loader(split, imgsz, _VAL_BATCH, weights.pad_stride, self.config.workers, weights.device)

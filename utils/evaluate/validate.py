@@ -1,7 +1,6 @@
 """Validation: every image of a split through a network, its boxes brought back to the original pixels and scored."""
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -72,7 +71,7 @@ def validate(
         criterion: `criterion(outputs, targets).parts` is averaged over images if given.
         single_cls: every box counts as class 0, whatever the network calls it.
     """
-    nms = dataclasses.replace(nms, multi_label=nms.multi_label and not single_cls, agnostic=nms.agnostic or single_cls)
+    nms = nms.with_one_class() if single_cls else nms
     indices: list[int] = []
     shares: list[_Share] = []
     load, end = 0.0, time.perf_counter()

@@ -52,7 +52,7 @@ class Training:
 
     def __init__(
         self, model: torch.nn.Module, run: Run, train_split: Split, val_split: Split, device: torch.device, world: World = _ALONE,
-        distillation: Distillation | None = None, sparsity: Sparsity = _DENSE, step_bytes: int = 0,
+        distillation: Distillation | None = None, sparsity: Sparsity = _DENSE, host_bytes: int = 0,
     ) -> None:
         """
         Args:
@@ -60,7 +60,7 @@ class Training:
             run: in its folder, with a whole batch size (over all processes) and an image size that the strides divide.
             distillation: `model` beside its teachers, if it has any.
             sparsity: of `model`.
-            step_bytes: of this machine's memory that a step takes in this process, which the caches leave free.
+            host_bytes: of this machine's memory that a step takes in this process, which the caches leave free.
         """
         config, hyp = run.config, run.hyp
         self.model, self.config, self.hyp, self.run_dir, self.device, self.world = model, config, hyp, run.folder, device, world
@@ -68,7 +68,7 @@ class Training:
         self.dtype = compute_dtype(config.precision, device)
         self.state = run.state or TrainState({}, dataclasses.asdict(hyp))
         self.state.config = dataclasses.asdict(config)
-        self._load_data(step_bytes)
+        self._load_data(host_bytes)
         self.criterion = DetectionLoss(model.head.anchors, model.head.nc, hyp, config.imgsz, config.label_smoothing, model.strides)
         self.distillation = distillation
         self.objective = distillation.criterion(self.criterion) if distillation else self.criterion  # of training; validation asks no teacher
@@ -139,10 +139,10 @@ class Training:
         else:
             info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
 
-    def _load_data(self, step_bytes: int) -> None:
+    def _load_data(self, host_bytes: int) -> None:
         config, stride = self.config, self.model.pad_stride
         workers, pin = worker_count(config.workers), self.device.type == "cuda"
-        limit = memory_limit(config.cache, self.world.size, step_bytes)
+        limit = memory_limit(config.cache, self.world.size, host_bytes)
         sizes = scaled_sizes(self.train_split, config.imgsz)
         cache = ImageCache(sizes, config.cache, limit, self.run_dir)
         if config.rect:

@@ -23,7 +23,7 @@ class Fit(NamedTuple):
     """A batch that fits."""
 
     batch_size: int  # over all processes
-    step_bytes: int  # that a step of it takes in each
+    host_bytes: int  # of the machine's own memory that a step of it takes in each
 
 
 class StepMemory(NamedTuple):
@@ -89,4 +89,4 @@ def fit_batch(
         if device.type == "cpu" or batch_size > may_fit:
             raise UserError(told)
         warn(f"{told}, if it runs out of memory")  # a GPU says so in time; the allowance was measured on a CPU
-    return Fit(batch_size, batch_size // world.size * each + state)
+    return Fit(batch_size, batch_size // world.size * each + state if device.type == "cpu" else 0)

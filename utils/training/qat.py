@@ -21,6 +21,7 @@ from utils.data.labels import Split
 from utils.distributed import World
 from utils.errors import UserError
 from utils.log import info
+from utils.training.teacher import check_classes
 
 _EPOCHS, _HYP = 10, "hyp.qat.yaml"
 
@@ -47,15 +48,12 @@ def to_fine_tune(model: Any, knows: Sequence[str], origin: str) -> Any:
     """The fused network of a DetectionModel that took a checkpoint's weights, as one to train.
 
     Args:
-        knows: the checkpoint's classes; upper and lower case are one.
+        knows: the checkpoint's classes.
 
     Raises:
         UserError: the checkpoint is of other classes.
     """
-    if [name.lower() for name in knows] != [name.lower() for name in model.names]:
-        first = next((f", {a!r} where the data has {b!r}" for a, b in zip(knows, model.names, strict=False) if a.lower() != b.lower()), "")
-        raise UserError(f"{origin}: --qat fine-tunes a network that knows the data's {len(model.names)} classes, and this one knows "
-                        f"{len(knows)}{first}: train it on the data first; if only the names differ, write them alike in the data YAML")
+    check_classes(knows, model.names, f"--qat: {origin}", "train it on the data first")
     return model.folded()
 
 

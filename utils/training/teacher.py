@@ -53,7 +53,7 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module, origin: str, student: nn.Module, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> None:
-        check_classes(network.names, student.names, origin)
+        check_classes(network.names, student.names, f"--teacher {origin}", "use a teacher of the data's classes")
         if missing := [s for s in student.strides if s not in network.strides]:
             raise UserError(f"--teacher {origin}: predicts at strides {_listed(network.strides)}, the network also at {_listed(missing)}: "
                             "teacher and student need the same levels")
@@ -149,8 +149,8 @@ def match_anchors(student: Tensor, teacher: Tensor) -> Tensor:
     return order
 
 
-def check_classes(names: Sequence[str], wanted: Sequence[str], origin: str) -> None:
-    """Refuse a teacher of other classes: the same names in the same order, upper and lower case being one.
+def check_classes(names: Sequence[str], wanted: Sequence[str], place: str, mend: str) -> None:
+    """Refuse a network of other classes than the data's: the same names in the same order, upper and lower case being one.
 
     Raises:
         UserError: the line names both lists, or the first class that differs in long ones.
@@ -160,8 +160,8 @@ def check_classes(names: Sequence[str], wanted: Sequence[str], origin: str) -> N
     if len(names) == len(wanted) and differing is None:
         return
     first = f" (class {differing} is {names[differing]} there, {wanted[differing]} here)" if differing is not None else ""
-    raise UserError(f"--teacher {origin}: knows the {len(names)} classes {_listed(names)}, the data has the {len(wanted)} classes {_listed(wanted)}"
-                    f"{first}: use a teacher of the data's classes; if only the names differ, write them alike in the data YAML")
+    raise UserError(f"{place}: knows the {len(names)} classes {_listed(names)}, the data has the {len(wanted)} classes {_listed(wanted)}"
+                    f"{first}: {mend}; if only the names differ, write them alike in the data YAML")
 
 
 def _listed(values: Sequence[object]) -> str:
