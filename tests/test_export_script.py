@@ -182,7 +182,7 @@ def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt"]
 
 
-@pytest.mark.parametrize("name", ["coreml", "engine"])
+@pytest.mark.parametrize("name", ["engine", "edgetpu"])
 def test_formats_of_other_machines(name: str, place: Path, tmp_path: Path, capfd):
     (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
     assert export.main([*weights(tmp_path / "mine.pt"), "--include", name, "torchscript"]) == 1

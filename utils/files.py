@@ -169,11 +169,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise FileExistsError(errno.EEXIST, "a file is there, where a folder is to be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, before = (path.with_name(f".{path.name[:_SHORT]}.{uuid.uuid4().hex}") for _ in range(2))
+    temporary, before = (path.with_name(f".{path.stem[:_SHORT]}.{uuid.uuid4().hex}{path.suffix}") for _ in range(2))
     temporary.mkdir()
     try:
         yield temporary
-        for inside in temporary.iterdir():
+        for inside in _files_in(temporary):
             with open(inside, "r+b") as file:
                 os.fsync(file.fileno())
         if path.exists():
@@ -188,7 +188,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def size_bytes(path: Path) -> int:
     """Of a file, or of the files in a folder."""
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    return sum(file.stat().st_size for file in (_files_in(path) if path.is_dir() else (path,)))
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
 
 
 def remove_leftovers(folder: Path) -> None:

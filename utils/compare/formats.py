@@ -102,7 +102,7 @@ def find_formats(weights: Path) -> list[FormatRow]:
         return next((stem for stem in stems if path.name.startswith((f"{stem}_", f"{stem}."))), None)
 
     named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and owner(path) == weights.stem)
-    whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".failed"))]
+    whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".unchecked", ".failed"))]
     return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path)]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError, short_reason
+from utils.export.coreml import MLPACKAGE_SUFFIX, CoremlSession
 from utils.export.metadata import FOREIGN_KEYS, KEY, foreign_facts, metadata_from_props, tells_final_boxes
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
@@ -161,6 +162,8 @@ def open_network(
         return ExportedNetwork(found, TorchscriptSession(found, threads), names, at_once)
     if found.suffix == TFLITE_SUFFIX:
         return ExportedNetwork(found, TfliteSession(found, threads, at_once), names, at_once)
+    if found.suffix == MLPACKAGE_SUFFIX:
+        return ExportedNetwork(found, CoremlSession(found), names)
     if found.name.endswith(NCNN_GRAPH):
         return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
@@ -181,7 +184,8 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    return path.suffix in (".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX) or path.name.endswith((OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH))
+    suffixes = ".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX, MLPACKAGE_SUFFIX, OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH
+    return path.name.endswith(suffixes)
 
 
 def needs_torch(path: str | Path) -> bool:
@@ -190,7 +194,7 @@ def needs_torch(path: str | Path) -> bool:
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx, .torchscript, .tflite, .xml or .ncnn.param file; of a folder the .xml or .ncnn.param in it.
+    """The .onnx, .torchscript, .tflite, .xml or .ncnn.param file, or the .mlpackage folder; of another folder the .xml or .ncnn.param in it.
 
     Raises:
         UserError: there is none.
@@ -199,6 +203,8 @@ def find_exported(path: str | Path) -> Path:
     folder = next((folder for folder in (path, ROOT / path) if folder.is_dir()), None)
     if folder is None:
         return find_file(path, [ROOT], "exported network (exported by export.py)")
+    if folder.suffix == MLPACKAGE_SUFFIX:
+        return folder
     inside = sorted(path for ending in (".xml", NCNN_GRAPH) for path in folder.glob(f"*{ending}"))
     if len(inside) != 1:
         raise UserError(f"{folder}: holds {len(inside) or 'no'} .xml files (OpenVINO) or {NCNN_GRAPH} ones, where an exported model has one: "

@@ -1,4 +1,4 @@
-"""A network's graph out of PyTorch: to an ONNX, TorchScript or TFLite file, an OpenVINO or ncnn model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX, TorchScript or TFLite file, an OpenVINO, ncnn or Core ML model, traced on one batch of images."""
 from __future__ import annotations
 
 import copy
@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -147,6 +147,21 @@ def _halve_weights(path: Path) -> None:
         op_config=types.OpQuantizationConfig(weight_tensor_config=weights, compute_precision=types.ComputePrecision.FLOAT,
                                              explicit_dequantize=True))
     path.write_bytes(halves.quantize().quantized_model)
+
+
+def to_coreml(network: nn.Module, images: Tensor, folder: Path, texts: Mapping[str, str]) -> None:
+    """Write `network` as a Core ML package that holds `texts`. Its input `image` is one RGB picture of this size, as Apple's Vision gives it; it
+    computes in the precision that each part of the network has."""
+    with quiet(), _plain_attention(), silent_libraries(), no_output(2):  # it tells of every step
+        coremltools = import_extra("coremltools")
+        picture = coremltools.ImageType("image", tuple(images.shape), scale=1 / 255, color_layout=coremltools.colorlayout.RGB)
+        package = coremltools.convert(trace(_channels_first(network), images.contiguous()), convert_to="mlprogram", inputs=[picture],
+                                      outputs=[coremltools.TensorType(OUTPUT)], compute_precision=coremltools.precision.FLOAT32,
+                                      skip_model_load=True)
+        package.user_defined_metadata.update(texts)
+        package.save(str(folder))
+    for path in (folder, *folder.rglob("*")):  # it makes some for their owner alone
+        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_ncnn, to_onnx, to_openvino, to_tflite, to_torchscript
+from utils.export.converters import to_coreml, to_ncnn, to_onnx, to_openvino, to_tflite, to_torchscript
+from utils.export.coreml import MLPACKAGE_SUFFIX, RUNS_HERE
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
@@ -51,10 +52,10 @@ class Format:
     packages: that write and check it.
     suffix: of its file's name, after that of the checkpoint.
     is_folder: of several files.
-    write: makes the file, or the files in a folder that is there; None where it is written `elsewhere` only.
+    write: makes the file, or the files in a folder that is there; None where it isn't written here.
     suppresses: can hold non-maximum suppression in its graph.
     advice: how to install its packages.
-    elsewhere: why it is not written here, and the way there.
+    elsewhere: why it is not written here, or can't run and so not prove itself, and the way there.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Format:
         Args:
             job: what it is to write, which may need a package more.
         """
-        if self.elsewhere:
+        if self.write is None:
             return f"not written here: {self.elsewhere}"
         more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and self.name == "onnx"}
         command = pip_install(dict.fromkeys((*self.packages, *(package for package, needed in more.items() if needed))))
@@ -118,6 +119,12 @@ def write_tflite(job: ExportJob, path: Path) -> None:
     stamp_tflite(path, job.metadata)
 
 
+def write_coreml(job: ExportJob, folder: Path) -> None:
+    if job.metadata.dynamic:
+        raise UserError("a Core ML graph holds one image size")
+    to_coreml(InferenceGraph(job.network, half=job.half), job.example()[:1], folder, job.metadata.to_props())
+
+
 FORMATS = {
     format.name: format
     for format in (
@@ -127,12 +134,13 @@ FORMATS = {
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
         Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite,
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
+        Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml,
+               elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
     )
 }
 
 
 _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here, and the way there from a file that proved itself
-    "coreml": "its files run, and so could prove themselves, on a Mac only: export torchscript, and there pip install coremltools and convert that",
     "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
     **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
     "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",

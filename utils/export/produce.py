@@ -32,16 +32,20 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
         reference: the network that the file must agree with, on `device`.
 
     Raises:
-        UserError: a package is missing, the network can't be converted, or the file finds other boxes: it is then kept under another name.
+        UserError: a package is missing, the network can't be converted, or the file finds other boxes or can't be run here: it is then kept
+            under another name.
     """
     if missing := kind.missing(job):
         raise UserError(f"{kind.name}: {missing}")
-    path, aside = (stem.with_name(f"{name}{kind.suffix}") for name in (stem.name, f"{stem.name}.mismatch"))
+    path, aside, unchecked = (stem.with_name(f"{stem.name}{mark}{kind.suffix}") for mark in ("", ".mismatch", ".unchecked"))
     start = time.perf_counter()
     if job.metadata.nms and not kind.suppresses:
         raise UserError(f"{kind.name}: --nms goes into {' and '.join(f.name for f in FORMATS.values() if f.suppresses)} only: leave it out")
     with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary:
         agreement = _write_and_check(job, kind, temporary, images, reference, device, TOLERANCES[job.metadata.precision])
+        if agreement is None:
+            _keep_aside(temporary, unchecked)
+            raise UserError(f"{kind.name}: written as {unchecked}, unchecked: {kind.elsewhere}")
         if job.metadata.nms and not agreement.boxes:
             agreement = _check_below(job, kind, images, reference, device)
         if not agreement.holds:
@@ -53,10 +57,13 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
 
 def _write_and_check(
     job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device, tolerance: Tolerance
-) -> Agreement:
+) -> Agreement | None:
+    """None where the format's files run on other machines only."""
     try:
         with foreign_errors("this network can't be converted"):
             kind.write(job, path)
+        if kind.elsewhere:
+            return None
         exported = open_network(path)
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
         with full_float32():
