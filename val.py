@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.evaluate.table import score_table
     from utils.evaluate.validate import check_classes, validate
     from utils.files import new_run_dir
-    from utils.log import info
+    from utils.log import info, warn
     from utils.nms import NmsOptions
     from utils.plots.run import draw_validation
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))
     info(f"speed: {result.speed.load:.1f} ms waiting for images, {result.speed.inference:.1f} ms inference, {result.speed.nms:.1f} ms NMS an image "
          f"at {imgsz} px, batch {config.batch_size}, on {weights.description}")
+    if config.task == "speed" and (config.save_txt or config.save_json):
+        warn("--task speed writes nothing: --save-txt and --save-json want another --task")
     if config.task != "speed":
         folder = new_run_dir(config.project, config.name, config.exist_ok)
         if config.save_txt:

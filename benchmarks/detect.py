@@ -208,7 +208,7 @@ def cold_starts(args: argparse.Namespace, modes: Sequence[str]) -> Iterator[str]
         for _ in range(args.repeats + 1):
             for mode in modes:
                 flags = ["--weights", str(beside(args.weights, MODES[mode])), "--source", str(image), "--project", folder, "--device", "cpu",
-                         "--precision", MODES[mode].precision]
+                         "--precision", MODES[mode].precision, "--imgsz", *map(str, args.imgsz)]
                 start = time.perf_counter()
                 subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], check=True, capture_output=True)
                 seconds[mode].append(time.perf_counter() - start)

@@ -43,7 +43,7 @@ def real_predictions(weights: str, data: str, task: str, imgsz: int, batch_size:
     model = load_model(weights)
     (split,) = open_splits(DataOptions(data=data), (task,))
     network = model.fused().to(memory_format=torch.channels_last)
-    return [network.decode(network(batch.images.float() / 255)) for batch in val_loader(split, imgsz, batch_size, 32, 0, _CPU)]
+    return [network.decode(network(batch.images.float() / 255)) for batch in val_loader(split, imgsz, batch_size, model.pad_stride, 0, _CPU)]
 
 
 def made_up(batch_size: int, objects: int, noise: float) -> list[Tensor]:

@@ -19,7 +19,9 @@ from models.yolo import DetectionModel
 from utils.config import TrainConfig
 from utils.cpu import keep_freed_memory
 from utils.data.open import open_splits
+from utils.data.spec import load_data_spec
 from utils.device import compute_dtype, describe, peak_memory_bytes
+from utils.errors import script
 from utils.hyp import Hyp
 from utils.training.fit import Training
 from utils.training.loss import DetectionLoss
@@ -41,13 +43,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plain(args: argparse.Namespace) -> None:
-    model = DetectionModel(load_spec(args.cfg, 3)).train()
-    criterion = DetectionLoss(model.head.anchors, 3, Hyp(), args.imgsz)
+    classes = len(load_data_spec(args.data).names)
+    model = DetectionModel(load_spec(args.cfg, classes)).train()
+    criterion = DetectionLoss(model.head.anchors, classes, Hyp(), args.imgsz)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     images = torch.rand(args.batch_size, 3, args.imgsz, args.imgsz)
     boxes = torch.rand(args.batch_size * 14, 4) * 0.2 + 0.1
     owner = torch.arange(args.batch_size).repeat_interleave(14)
-    targets = torch.cat((owner[:, None], torch.randint(0, 3, (len(owner), 1)), boxes), 1)
+    targets = torch.cat((owner[:, None], torch.randint(0, classes, (len(owner), 1)), boxes), 1)
     for n in range(5):
         if n == 1:
             start = time.perf_counter()
@@ -72,6 +75,7 @@ def whole(args: argparse.Namespace, precision: str) -> None:
     report(ms=1e3 / rates[1], images_per_s=rates[1], memory_GB=peak_memory_bytes(_CPU) / 2**30, machine=machine)
 
 
+@script
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     modes = {"plain": lambda: plain(args), "whole-fp32": lambda: whole(args, "fp32"), "whole-auto": lambda: whole(args, "auto")}

@@ -17,6 +17,7 @@ from utils.config import DataOptions
 from utils.cpu import keep_freed_memory
 from utils.data.open import open_splits, val_loader
 from utils.device import compute_dtype, describe, peak_memory_bytes
+from utils.errors import script
 from utils.evaluate.validate import validate
 
 _CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def whole(args: argparse.Namespace, precision: str) -> None:
     network = model.fused().to(memory_format=torch.channels_last)
     for _ in range(2):
         start = time.perf_counter()
-        loader = val_loader(split, args.imgsz, args.batch_size, 32, args.workers, _CPU)
+        loader = val_loader(split, args.imgsz, args.batch_size, model.pad_stride, args.workers, _CPU)
         result = validate(network, loader, split, _CPU, dtype)
         ms = (time.perf_counter() - start) / len(result.indices) * 1e3
     speed = result.speed
@@ -65,6 +66,7 @@ def whole(args: argparse.Namespace, precision: str) -> None:
            machine=describe(_CPU, dtype))
 
 
+@script
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     modes = {"plain": lambda: plain(args), "whole-fp32": lambda: whole(args, "fp32"), "whole-auto": lambda: whole(args, "auto")}

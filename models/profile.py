@@ -13,7 +13,7 @@ from models.rowcost import cost_table, row_costs
 from models.spec import load_spec
 from models.summary import count_gflops, count_parameters
 from models.yolo import DetectionModel, load_model
-from utils.checkpoint import Checkpoint, cast_floats, save_checkpoint
+from utils.checkpoint import Checkpoint, for_inference, save_checkpoint
 from utils.compare.rows import Profile
 from utils.device import describe
 from utils.errors import UserError
@@ -47,7 +47,7 @@ def _file_bytes(model: DetectionModel) -> int:
     """Of a best.pt."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "best.pt"
-        save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, cast_floats(model.state_dict(), torch.float16)))
+        save_checkpoint(path, Checkpoint(model.spec.to_dict(), model.names, for_inference(model.state_dict())))
         return path.stat().st_size
 
 

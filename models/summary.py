@@ -59,35 +59,42 @@ def count_macs(module: nn.Module, inputs: Any) -> float:
     return float(macs) + products.macs
 
 
-def _count_conv(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """thop's own rule leaves the bias out."""
-    taps = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-    module.total_ops += output.numel() * (taps + (module.bias is not None))
-
-
 def _count_attention(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     """Four projections, queries x keys, weights x values: thop has no rule for them."""
     batch, tokens, channels = inputs[0].shape
     module.total_ops += batch * (4 * tokens * channels**2 + 2 * tokens**2 * channels)
 
 
-_COUNTERS = {nn.Conv2d: _count_conv, nn.BatchNorm2d: count_normalization, nn.LayerNorm: count_normalization, nn.MultiheadAttention: _count_attention,
+_COUNTERS = {nn.BatchNorm2d: count_normalization, nn.LayerNorm: count_normalization, nn.MultiheadAttention: _count_attention,
              nn.Softmax: zero_ops,  # a layer in some attentions, within PyTorch's product in others
-             nn.Linear: zero_ops}  # `_Products` counts them: some attentions take the layer's weights and not the layer
+             **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), zero_ops)}  # `_Products` counts what they call
+_MATRIX_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
 class _Products(TorchFunctionMode):
-    """Multiply-accumulates of linear layers, and of products of tensors such as attention of other libraries, which are no layer's.
-    nn.MultiheadAttention's don't show."""
+    """Multiply-accumulates of convolutions, with their biases, of linear layers, and of products of tensors: whether a layer asks for them or a
+    block of another's computes with a layer's weights, or with none. nn.MultiheadAttention's don't show."""
 
     macs = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear or func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__):
-            self.macs += result.numel() * args[0].shape[-1]
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+
+        def operands(*names: str) -> list[Any]:
+            """The first ones, by place or by name."""
+            return [*args[: len(names)], *(kwargs.get(name) for name in names[len(args) :])]
+
+        if func is torch.conv2d:
+            weight, bias = operands("input", "weight", "bias")[1:]
+            self.macs += result.numel() * (weight[0].numel() + (bias is not None))
+        elif func is torch.conv_transpose2d:
+            x, weight, bias = operands("input", "weight", "bias")
+            self.macs += x.numel() * weight[0].numel() + result.numel() * (bias is not None)
+        elif func is nn.functional.linear or func in _MATRIX_PRODUCTS:
+            self.macs += result.numel() * operands("input")[0].shape[-1]
         elif func is nn.functional.scaled_dot_product_attention:
-            queries, keys = args[:2]
+            queries, keys = operands("query", "key")
             self.macs += (queries.numel() + result.numel()) * keys.shape[-2]
         return result
 

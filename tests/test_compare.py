@@ -65,7 +65,7 @@ def test_a_folder_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds a comparison on other images or labels: give another --name"):
             check_settings(tmp_path, config, of_val, of_training)
     check_settings(tmp_path, config, "abc", "")  # checkpoints alone are trained on nothing
-    check_settings(tmp_path / "later", config, "abc", "")
+    check_settings(tmp_path / "later", dataclasses.replace(config, epochs=7), "abc", "")  # nothing is trained: no number of epochs holds
     with pytest.raises(UserError, match="on other images or labels"):
         check_settings(tmp_path / "later", config, "abd", "other")
     check_settings(tmp_path / "later", config, "abc", "t")  # what is refused leaves nothing
@@ -333,11 +333,12 @@ def test_a_block_that_breaks_costs_its_row(tmp_path: Path, flags: list[str], mon
 
 def test_costs_alone_need_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     cfg = str(model_yaml(tmp_path))
-    argv = ["--cfg", cfg, "--imgsz", "64", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1", "2"]
+    argv = ["--cfg", cfg, "--imgsz", "60", "--device", "cpu", "--project", str(tmp_path), "--name", "costs", "--batches", "1", "2"]
     assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "TorchScript"]) == 0
     table = table_of(tmp_path / "costs", "costs.csv")["tiny"]
     assert all(float(table[f"{runtime} b{batch} p50 (ms)"]) > 0 for runtime in ("PyTorch fp32", "TorchScript") for batch in (1, 2))
     assert not list((tmp_path / "costs").glob("*.png"))
+    assert "- tiny: at 64 px, the next whole number of its largest stride\n" in (tmp_path / "costs" / "costs.md").read_text()
     capfd.readouterr()
     monkeypatch.setattr("utils.measure.runtimes.pip_install", lambda packages: f"needs {' '.join(packages)}" if packages else None)
     assert compare.main([*argv, "--runtimes", "PyTorch-fp32", "openvino"]) == 1, "asked for, and not there"

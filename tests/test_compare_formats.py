@@ -27,7 +27,7 @@ from utils.plots.formats import draw_formats
 def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: bf16)
     for name in ("best.pt", "last.pt", "best.onnx", "best_int8.onnx", "best2.onnx", "last.onnx", "best.mismatch.onnx", "best_int8.failed.onnx",
-                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx"):  # fmt: skip
+                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx", "net_int8.pt"):  # fmt: skip
         (tmp_path / name).touch()
     for name in ("best_openvino_model", "best_int8_openvino_model", "best.mismatch_openvino_model"):
         (tmp_path / name).mkdir()
@@ -35,6 +35,7 @@ def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     both = ("fp32", "bf16") if bf16 else ("fp32",)
     assert found == [*(("best.pt", p) for p in both), ("best.onnx", "fp32"), ("best_int8.onnx", "int8"), ("best_int8_openvino_model", "int8"),
                      *(("best_openvino_model", p) for p in both)]
+    assert [row.precision for row in find_formats(tmp_path / "net_int8.pt")] == [*both], "a checkpoint computes in float, whatever its name"
 
 
 def test_table_by_hand(tmp_path: Path):
@@ -77,6 +78,8 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     assert set(rows) == {"best.pt", "best.onnx", "best_nms.onnx", "best_cut.onnx", *others.values()} and "cut off" in rows["best_cut.onnx"]["problem"]
     for name in ("best.pt", "best.onnx", "best_nms.onnx", *others.values()):
         assert float(rows[name]["latency_ms"]) > 0 and float(rows[name]["start_s"]) > 0 and not rows[name]["problem"]
+    for name in ({"best.torchscript", "best_ncnn_model"} & rows.keys()):
+        assert float(rows[name]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3), "all on squares, as these are"
     assert float(rows["best.onnx"]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3)
     assert {rows[name]["precision"] for name in others.values()} == {"fp32", *(["fp16"] if "openvino" in others else [])}
     assert "ONNX Runtime" in rows["best.onnx"]["runtime"] and cv2.imread(str(tmp_path / "out" / "exp" / "formats.png")).size
@@ -111,7 +114,8 @@ def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkey
     assert bad.problem == "bad.onnx: other outputs" and bad.latency is None and best.latency.runs >= 3
 
 
-@pytest.mark.parametrize("flags", [["--runtimes", "openvino"], ["--device", "0"], ["--layers"], ["--cfg", "a.yaml", "--seeds", "1"]])
+@pytest.mark.parametrize("flags", [["--runtimes", "openvino"], ["--device", "0"], ["--layers"], ["--cfg", "a.yaml", "--seeds", "1"],
+                                   ["--batch-size", "4"]])
 def test_flags_that_formats_have_no_use_for(flags: list[str], tmp_path: Path, capsys):
     assert compare.main(["--formats", "best.pt", *flags]) == 2
     assert f"leave out {flags[0]}" in capsys.readouterr().err
@@ -120,3 +124,5 @@ def test_flags_that_formats_have_no_use_for(flags: list[str], tmp_path: Path, ca
 def test_no_such_checkpoint(tmp_path: Path, capsys):
     assert compare.main(["--formats", str(tmp_path / "none.pt"), "--project", str(tmp_path)]) == 2
     assert "none.pt" in capsys.readouterr().err
+    assert compare.main(["--formats", str(tmp_path / "best.onnx"), "--project", str(tmp_path)]) == 2
+    assert "best.onnx: is an exported file: name the checkpoint that it lies beside" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.head import Detect, decode
 from models.spec import ModelSpec, load_spec
-from models.summary import count_gflops, count_parameters, layer_table, main
+from models.summary import count_gflops, count_macs, count_parameters, layer_table, main
 from models.yolo import DetectionModel, build_for_training, check_network, load_model, model_from_checkpoint, transfer_weights
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -310,6 +310,33 @@ def test_maps_live_no_longer_than_they_are_needed():
     with torch.no_grad():
         model(torch.zeros(1, 3, 64, 64))
     assert max(most) <= 5 < len(model.model) // 2, "its input, and what concatenations further on wait for"
+
+
+class Products(nn.Module):
+    """One of each that counts, on maps of 4 x 8 x 8, most of them called without a layer and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        x = nn.functional.conv2d(x, torch.ones(6, 2, 3, 3), padding=1, groups=2)
+        q = x.flatten(2)  # (1, 6, 64)
+        q = nn.functional.linear(input=q, weight=torch.ones(5, 64), bias=None)
+        return nn.functional.scaled_dot_product_attention(query=q, key=q, value=q)
+
+
+class Derived(nn.ConvTranspose2d):
+    """As DWConvTranspose2d is."""
+
+
+def test_products_count_whoever_asks_for_them():
+    model = Products()
+    macs = 3 * 16 * 4 * 4 + 4 * 64 + 6 * 64 * 2 * 9 + 6 * 5 * 64 + 2 * 6 * 6 * 5
+    assert count_macs(model, torch.zeros(1, 3, 4, 4)) == macs
+    model.up = Derived(3, 4, 2, 2)
+    assert count_macs(model, torch.zeros(1, 3, 4, 4)) == macs
 
 
 def test_linear_layers_count_however_they_are_called():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,27 @@ def test_boxes_come_back_to_the_original_pixels(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.xyxy[mine], truth.xyxy[order], atol=0.01)
         np.testing.assert_array_equal(found.cls[mine], truth.cls[order])
     assert result.metrics() == pytest.approx({"precision": 1, "recall": 1, "f1": 1, "mAP50": 1, "mAP50-95": 1}, abs=1e-3)
+
+
+def test_equal_confidences_come_by_image_id_as_in_pycocotools(tmp_path: Path) -> None:
+    split = picture_split(tmp_path, [(64, 64)] * 4)
+    split = dataclasses.replace(split, image_ids=(30, 4, 200, 1))
+    loader = val_loader(split, 64, 3, 32, 0, CPU)
+    assert validate(Oracle(list(loader), 2), loader, split, CPU, torch.float32).indices == (3, 1, 0, 2)
+
+
+class Slow(Oracle):
+    def __call__(self, images: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return super().__call__(images)
+
+
+def test_a_thread_without_work_does_not_make_an_image_faster(tmp_path: Path) -> None:
+    """A batch of one image is one thread's work, however many there are."""
+    torch.set_num_threads(2)
+    loader = val_loader(picture_split(tmp_path, [(64, 64)] * 3), 64, 1, 32, 0, CPU)
+    split = picture_split(tmp_path / "again", [(64, 64)] * 3)
+    assert validate(Slow(list(loader), 2), loader, split, CPU, torch.float32).speed.inference >= 20
 
 
 def test_threads_change_no_box(tmp_path: Path) -> None:

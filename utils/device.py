@@ -96,7 +96,14 @@ def machine(device: torch.device) -> str:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for logs and tables: the device, its threads and the precision."""
-    return f"{machine(device)}, {PRECISION[dtype]}, torch {torch.__version__}"
+    return f"{machine(device)}, {precision_name(device, dtype)}, torch {torch.__version__}"
+
+
+def precision_name(device: torch.device, dtype: torch.dtype) -> str:
+    """With what PyTorch makes of fp32 on CUDA devices since Ampere, outside `full_float32`."""
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] >= 8:
+        return "fp32 (TF32 convolutions)"
+    return PRECISION[dtype]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

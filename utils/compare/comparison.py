@@ -19,7 +19,7 @@ from utils.data.cache import fingerprint_files
 from utils.data.labels import Split
 from utils.data.open import open_splits, val_loader
 from utils.data.spec import load_data_spec
-from utils.device import compute_dtype, machine, select_device
+from utils.device import compute_dtype, machine, precision_name, select_device
 from utils.errors import UserError, first_line
 from utils.evaluate.validate import ValResult, check_classes, validate
 from utils.files import ROOT, find_file
@@ -126,7 +126,10 @@ class Comparison:
             with _Blame(row):
                 names = self.splits["val"].names if self.splits else ()
                 model = self.networks.load(_weights(row)) if row.entrant.weights else self.networks.build(row.entrant.cfg, names)
-                row.profile = self.networks.count(model, model.whole_strides(self.config.imgsz))
+                size = model.whole_strides(self.config.imgsz)
+                row.profile = self.networks.count(model, size)
+                if size != self.config.imgsz:
+                    self.remarks.append(f"{name}: at {size} px, the next whole number of its largest stride")
                 self.models[name] = model
 
     def score_checkpoints(self) -> None:
@@ -203,9 +206,10 @@ class Comparison:
                 notes.append(f"latency: {runtime.describe()}, {min(runs)} runs of each or more")
         if config.data:
             length = f"{config.budget_minutes:g} minutes" if config.budget_minutes else f"{config.epochs} epochs"
-            seeds = sorted({seed for row in self.rows.values() for seed in row.learning} or config.seeds)
-            trained = f", {length}, batch {config.batch_size}, seeds {' '.join(map(str, seeds))}"
-            notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}; mAP is COCO's")
+            of_each = {tuple(sorted(row.learning)) for row in self.rows.values() if row.learning} or {tuple(config.seeds)}
+            seeds = f"seeds {' '.join(map(str, sorted(set().union(*of_each))))}{', not all of each network' * (len(of_each) > 1)}"
+            trained = f", {length}, batch {config.batch_size}, {seeds}"
+            notes.append(f"{config.data}, {config.imgsz} px{trained if config.cfg else ''}, {precision_name(self.device, self.dtype)}; mAP is COCO's")
         # Another name without scores: these stay where they are when only costs are asked for.
         order = [(runtime.name, batch) for runtime in self.runtimes for batch in config.batches]
         write_report(self.folder, "compare" if config.data else "costs", list(self.rows.values()), self.splits, order, notes + self.remarks,

@@ -15,7 +15,8 @@ from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import MODEL_FOLDERS, ROOT, find_file, read_yaml, write_yaml
 
-_DECISIVE = ("imgsz", "epochs", "budget_minutes", "batch_size", "single_cls", "precision")  # what the scores depend on, besides data and hyp
+# What the scores depend on, besides data and hyp; of networks that are trained here on more.
+_DECISIVE, _OF_TRAINING = ("imgsz", "single_cls", "precision"), ("epochs", "budget_minutes", "batch_size")
 
 
 class Entrant(NamedTuple):
@@ -107,7 +108,7 @@ def check_settings(folder: Path, config: CompareConfig, fingerprint: str, of_tra
     Raises:
         UserError: the folder holds a comparison with other settings; they are named.
     """
-    settings = {name: getattr(config, name) for name in _DECISIVE}
+    settings = {name: getattr(config, name) for name in (*_DECISIVE, *(_OF_TRAINING if of_training else ()))}
     settings |= {"data": find_data_yaml(config.data).name, "fingerprint": fingerprint} | ({"train_fingerprint": of_training} if of_training else {})
     path = folder / "settings.yaml"
     old = read_yaml(path) if path.exists() else {}

@@ -35,7 +35,7 @@ from utils.runner import Runner
 _ROUNDS, _SECONDS = 50, 60.0  # of timing, at most
 _STARTS = 4  # of which the first, that fills the page cache, does not count
 _VAL_BATCH = 32
-_IDLE = ("cfg", "weights", "epochs", "budget_minutes", "seeds", "hyp", "batches", "runtimes", "layers", "device", "precision")
+_IDLE = ("cfg", "weights", "epochs", "budget_minutes", "batch_size", "seeds", "hyp", "batches", "runtimes", "layers", "device", "precision")
 
 
 class OpenWeights(Protocol):
@@ -107,8 +107,9 @@ def find_formats(weights: Path) -> list[FormatRow]:
 
 
 def _precisions(path: Path) -> tuple[str, ...]:
-    chooses = path.suffix == ".pt" or (path.name.endswith(OPENVINO_SUFFIX) and "_int8" not in path.name)
-    return ("fp32", "bf16") if chooses and cpu_has_native_bf16() else ("int8",) if "_int8" in path.name else ("fp32",)
+    int8 = "_int8" in path.name and path.suffix != ".pt"
+    chooses = path.suffix == ".pt" or (path.name.endswith(OPENVINO_SUFFIX) and not int8)
+    return ("fp32", "bf16") if chooses and cpu_has_native_bf16() else ("int8",) if int8 else ("fp32",)
 
 
 class FormatComparison:
@@ -119,6 +120,8 @@ class FormatComparison:
         plain = CompareConfig(device=config.device if config.device == "cpu" else "")
         if idle := [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(config, name) != getattr(plain, name)]:
             raise UserError(f"--formats compares one checkpoint's files, on the CPU: leave out {' '.join(idle)}")
+        if is_exported(config.formats):
+            raise UserError(f"--formats {config.formats}: is an exported file: name the checkpoint that it lies beside")
         self.weights = find_file(config.formats, [ROOT], "weights file")
         self.rows = find_formats(self.weights)
         self.imgsz = self._open(self.rows[0]).square_size(config.imgsz)
@@ -133,9 +136,13 @@ class FormatComparison:
              f"{cpu_threads()} threads; the processor has {cpu_int8()}")
         if self.config.data:
             (split,) = open_splits(self.config, ("val",))
+            squares = any([self._is_fixed(row) for row in self.rows])
+            if squares:
+                info("scored on squares, as some of the files take nothing else: val.py's own batches of the others are padded less")
             for row in self.rows:
-                with _Noted(row):
-                    self._score(row, split)
+                if not row.problem:
+                    with _Noted(row):
+                        self._score(row, split, squares)
         image = render(0).image
         self._start(image)
         timings = self._time(image)
@@ -149,12 +156,17 @@ class FormatComparison:
         row.suppresses = weights.nms is not None
         return weights
 
-    def _score(self, row: FormatRow, split: Split) -> None:
+    def _is_fixed(self, row: FormatRow) -> bool:
+        with _Noted(row):
+            return self._open(row).fixed is not None
+        return False
+
+    def _score(self, row: FormatRow, split: Split, squares: bool) -> None:
         weights = self._open(row)
         weights.tell_limits(VALIDATION.with_one_class() if self.config.single_cls else VALIDATION)
         check_classes(weights.names, split.names, self.config.single_cls, str(row.path))
         imgsz = weights.square_size(self.imgsz)
-        loader = val_loader(split, imgsz, _VAL_BATCH, weights.pad_stride, self.config.workers, weights.device)
+        loader = val_loader(split, imgsz, _VAL_BATCH, None if squares else weights.pad_stride, self.config.workers, weights.device)
         metrics = validate(weights.network, loader, split, weights.device, weights.dtype, single_cls=self.config.single_cls).metrics()
         row.map50, row.map = metrics["mAP50"], metrics["mAP50-95"]
         info(f"{row.name}: mAP50 {row.map50:.4f}, mAP50-95 {row.map:.4f}")

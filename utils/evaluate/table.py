@@ -25,5 +25,6 @@ def score_table(result: ValResult, split: Split, per_class: bool) -> str:
             lines.append(line(split.names[k], int((counts[:, k] > 0).sum()), int(counts[:, k].sum()), values))
     by_size = ", ".join(f"{name} {value:.4f}" for name, value in
                         (("small", scores.ap_small), ("medium", scores.ap_medium), ("large", scores.ap_large)) if np.isfinite(value))
-    lines.append(f"mAP50-95 by size: {by_size or 'no truth'}; mAP75 {scores.ap75:.4f}; P, R, F1 at confidence {c.best_conf:.3f}")
+    ap75 = f"{scores.ap75:.4f}" if np.isfinite(scores.ap75) else "no truth"
+    lines.append(f"mAP50-95 by size: {by_size or 'no truth'}; mAP75 {ap75}; P, R, F1 at confidence {c.best_conf:.3f}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class Speed(NamedTuple):
 
 @dataclass(frozen=True)
 class ValResult:
-    indices: tuple[int, ...]  # of the split, rising, as the next two
+    indices: tuple[int, ...]  # of the split, by rising image id, as the next two
     truths: list[Truth]
     detections: list[Detections]
     scores: CocoScores
@@ -74,24 +74,31 @@ def validate(
     nms = nms.with_one_class() if single_cls else nms
     indices: list[int] = []
     shares: list[_Share] = []
-    load, end = 0.0, time.perf_counter()
+    load = inference = suppression = 0.0
+    end = time.perf_counter()
     at_once = getattr(network, "batch", None) or _AT_ONCE  # an exported file of a fixed batch fills it up, with images of nothing
     with inference_threads(device) as (pool, workers):
         for batch in tqdm(loader, desc="val", leave=False, dynamic_ncols=True, disable=not is_main_process()):
-            load += time.perf_counter() - end
+            begin = time.perf_counter()
+            load += begin - end
             # A loss is a mean over a share's boxes, so that shares must not be small; without one, small shares keep a CPU's caches warm.
             parts = workers if criterion or workers == 1 else -(-len(batch.indices) // at_once)
-            shares += pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, parts))
+            done = list(pool.map(lambda part: _score_share(network, part, device, dtype, nms, criterion), _split_batch(batch, parts)))
+            shares += done
             indices.extend(batch.indices)
             end = time.perf_counter()
+            # Threads run side by side, and where there are fewer shares than threads some do nothing: the clock on the wall is what counts.
+            wall_of_each = (end - begin) / max(sum(share.seconds for share in done), 1e-9)
+            inference += wall_of_each * sum(share.inference_s for share in done)
+            suppression += wall_of_each * sum(share.nms_s for share in done)
     detections = [found for share in shares for found in share.detections]
-    order = np.argsort(indices)  # of equal confidences the earlier image's comes first, as in pycocotools, not the one that was padded with others
+    # Of equal confidences that of the image with the smaller id comes first, as in pycocotools, not the one that was padded with others.
+    order = sorted(range(len(indices)), key=lambda n: split.image_ids[indices[n]])
     indices, detections = [indices[n] for n in order], [detections[n] for n in order]
     if single_cls:
         detections = [found._replace(cls=np.zeros_like(found.cls)) for found in detections]
     truths = [truth_of(split, i) for i in indices]
     per_image = 1e3 / max(len(indices), 1)
-    inference, suppression = (sum(getattr(share, name) for share in shares) / workers for name in ("inference_s", "nms_s"))
     losses = [(share.loss, len(share.detections)) for share in shares if share.loss is not None]
     return ValResult(
         indices=tuple(indices),
@@ -111,6 +118,7 @@ class _Share(NamedTuple):
     loss: np.ndarray | None
     inference_s: float
     nms_s: float
+    seconds: float  # with its loss
 
 
 def _score_share(
@@ -124,7 +132,7 @@ def _score_share(
     done = time.perf_counter()
     with torch.inference_mode():
         loss = criterion(outputs, batch.targets.to(device)).parts.cpu().numpy() if criterion else None
-    return _Share(detections, loss, inferred - start, done - inferred)
+    return _Share(detections, loss, inferred - start, done - inferred, time.perf_counter() - start)
 
 
 def _split_batch(batch: Batch, parts: int) -> list[Batch]:
