@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.config import DEFAULT_IMGSZ, ExportConfig, for_next
+from utils.config import DEFAULT_IMGSZ, ExportConfig, for_next, quoted
 from utils.errors import UserError, script
 from utils.flags import parse
 from utils.threads import wait_politely
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in formats:
         try:
             path = produce(job, kind, weights.with_suffix(""), images, reference, device)
-            info(f"    python detect.py --weights {path} --source …")
+            info(f"    python detect.py --weights {quoted(path)} --source …")
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -69,8 +69,8 @@ def _int8(config: ExportConfig, formats: Sequence[str]) -> str:
     written = [name for name in formats if name in ("onnx", "openvino")]
     size = f" --imgsz {config.imgsz[0]}" if config.imgsz and len({*config.imgsz}) == 1 else ""
     others = "" if written else f"there are no int8 {' or '.join(formats)} files here, but int8 ONNX and OpenVINO files run on ARM too: "
-    return (f"--int8: {others}int8 is calibrated and scored on data: python quantize.py --weights {config.weights} --data "
-            f"{config.data or 'my_set.yaml'} --to {written[0] if written else 'onnx'}{size}{' --dynamic' * config.dynamic}{for_next(config)}")
+    return (f"--int8: {others}int8 is calibrated and scored on data: python quantize.py --weights {quoted(config.weights)} --data "
+            f"{quoted(config.data or 'my_set.yaml')} --to {written[0] if written else 'onnx'}{size}{' --dynamic' * config.dynamic}{for_next(config)}")
 
 
 if __name__ == "__main__":

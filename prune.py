@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, for_next
+from utils.config import DEFAULT_IMGSZ, CompareConfig, PruneConfig, for_next, quoted
 from utils.errors import UserError, script
 from utils.flags import parse
 from utils.threads import wait_politely
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_pruned(folder / _PRUNED, left, imgsz)
     report(pruning, plan, folder)
     comparison.run()
-    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {folder / _PRUNED} "
-         f"--data {config.data or 'DATA.yaml'} --epochs 50{for_next(config)}")
+    info(f"weights: {folder / _PRUNED}; next: python train.py --weights {quoted(folder / _PRUNED)} "
+         f"--data {quoted(config.data or 'DATA.yaml')} --epochs 50{for_next(config)}")
     if config.data:
-        info(f"    and then before, pruned and fine-tuned side by side: python compare.py --weights {config.weights} {folder / _PRUNED} "
-             f"TUNED/weights/best.pt --data {config.data} --imgsz {imgsz}{for_next(config)}")
+        info(f"    and then before, pruned and fine-tuned side by side: python compare.py --weights {quoted(config.weights)} "
+             f"{quoted(folder / _PRUNED)} TUNED/weights/best.pt --data {quoted(config.data)} --imgsz {imgsz}{for_next(config)}")
     return 1 if comparison.failed else 0
 
 

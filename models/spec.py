@@ -74,7 +74,7 @@ class ModelSpec:
             if rows is None:
                 lines.append(f"{key}: {_in_one_line(value)}")
             else:
-                lines += [f"{key}:", *(f"  {name}{'' if name == '-' else ':'} {_in_one_line(row)}" for name, row in rows)]
+                lines += [f"{key}:", *(f"  {name if name == '-' else f'{_in_one_line(name)}:'} {_in_one_line(row)}" for name, row in rows)]
         return "\n".join(lines) + "\n"
 
     @classmethod

@@ -48,6 +48,12 @@ def test_layers_that_are_summed_have_an_equal_say():
     assert scores["a.weight"].tolist() == [(0.5 + 1) / 2, (1.5 + 1) / 2]
 
 
+def test_a_layer_that_makes_a_part_of_a_group_has_a_say_in_that_alone():
+    net = Net(lambda n, x: n.d(torch.cat((n.a(x), n.b(x)), 1) + n.c(x)), a=conv(1, 1), b=conv(1, 3), c=conv(1, 4), d=conv(4, 2))
+    scores = scores_of(l1, net, a=[7], b=[1, 2, 3], c=[1, 1, 1, 5])
+    assert scores["a.weight"] == pytest.approx([(1 + 0.5) / 2, (0.5 + 0.5) / 2, (1 + 0.5) / 2, (1.5 + 2.5) / 2])
+
+
 def test_a_channel_that_is_made_twice_has_the_sum():
     net = Net(lambda n, x: n.c(n.b(n.a(x))), a=conv(1, 4), b=conv(4, 2, groups=2), c=conv(2, 2))
     scores = scores_of(l1, net, a=[1, 2, 3, 6], b=[[2, 2], [1, 1]])

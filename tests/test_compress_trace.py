@@ -13,6 +13,7 @@ from tiny import ANCHORS
 from torch import Tensor, nn
 from transplant import lived_in
 
+from models.activations import _KNOWN as KNOWN_ACTIVATIONS
 from models.fuse import fuse
 from models.narrow import narrow
 from models.prune import channel_graph, remove_channels
@@ -89,6 +90,31 @@ def test_what_needs_every_channel_keeps_it(mix):
     net.register_buffer("mean", torch.ones(4))
     graph = graph_of(net)
     assert graph.groups == () and graph.kept_whole
+
+
+@pytest.mark.parametrize("follow", [
+    *(lambda n, x, act=act: act()(x) for act in KNOWN_ACTIVATIONS.values() if act is not nn.PReLU),
+    lambda n, x: x * nn.functional.relu6(x + 3) / 6, lambda n, x: x / x.sigmoid(), lambda n, x: x.to(n.scale), lambda n, x: x.clamp(max=n.one),
+], ids=[*(name for name in KNOWN_ACTIVATIONS if name != "PReLU"), "hard swish by hand", "quotient", "to", "one bound"])  # fmt: skip
+def test_what_each_channel_does_alone_keeps_none(follow):
+    net = Net(lambda n, x: n.b(follow(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
+    net.scale, net.one = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(1))
+    assert groups_of(net) == {"a.weight": (4, ("a.weight",))} and not graph_of(net).kept_whole
+
+
+@pytest.mark.parametrize("mix", [lambda n, x: x * n.scale.to(x), lambda n, x: n.scale.to(x) * x, lambda n, x: x.clamp(max=n.scale.float())])
+def test_a_scale_that_is_brought_to_its_inputs_type_is_still_one(mix):
+    net = Net(lambda n, x: n.b(mix(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
+    net.scale = nn.Parameter(torch.ones(4, 1, 1, dtype=torch.float64))
+    assert groups_of(net) == {} and graph_of(net).kept_whole
+
+
+def test_a_gate_of_one_channel_ties_nothing_and_stays():
+    net = Net(lambda n, x: n.c(n.b(y := n.a(x)) * n.g(y).sigmoid()), a=conv(3, 4), b=conv(4, 5), g=conv(4, 1), c=conv(5, 2))
+    assert groups_of(net) == {"a.weight": (4, ("a.weight",)), "b.weight": (5, ("b.weight",))}
+    graph = graph_of(net)
+    assert [*graph.kept_whole.values()] == ["__mul__ over all channels"] or [*graph.kept_whole.values()] == ["mul over all channels"]
+    assert "g.weight" in graph.whole
 
 
 def written(x: Tensor) -> Tensor:

@@ -230,6 +230,7 @@ def test_candidates_are_scored_with_norms_of_their_own_on_images_held_out(place:
 @pytest.mark.parametrize(("flags", "line"), [
     (["--method", "l1", "--candidates", "50", "--ratio", "0.5"], "--candidates: is of eagleeye's search, and --method l1 tries nothing"),
     (["--method", "fpgm", "--held-out", "4", "--ratio", "0.5"], "--held-out: is of eagleeye's search"),
+    (["--method", "l1", "--ratio", "0.5", "--calib", "64"], "--calib: batch norms are re-estimated on training images: name them with --data"),
     (["--method", "l1", "--ratio", "0.05"], "--ratio 0.05: removes no channel: at least --min-ratio 0.1 of a layer stays, rounded to multiples of 2"),
 ])
 def test_settings_that_would_do_nothing(flags: list[str], line: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +353,7 @@ def test_yolov5_weights(shared: Path, tmp_path: Path) -> None:
     (["--ratio", "-0.1"], "--ratio -0.1: must be at least 0 and below 1"), (["--ratio", "nan"], "--ratio nan: must be a finite number"),
     (["--target-flops", "1"], "--target-flops 1.0: must be"), (["--target-params", "inf"], "--target-params inf: must be a finite number"),
     (["--target-latency", "half"], "invalid float"), (["--target-flops", "0.5", "--min-ratio", "2"], "--min-ratio 2.0: must be"),
-    (["--target-flops", "0.5", "--candidates", "0"], "--candidates 0: "), (["--target-flops", "0.5", "--calib", "0"], "--calib 0: "),
+    (["--target-flops", "0.5", "--candidates", "0"], "--candidates 0: "), (["--target-flops", "0.5", "--calib", "7"], "--calib 7: must be 8"),
     (["--target-flops", "0.5", "--round-to", "0"], "--round-to 0: "), (["--target-flops", "0.5", "--method", "l3"], "invalid choice: 'l3'"),
     (["--target-flops", "0.5", "--data", ""], "--method eagleeye scores its plans on training images: name them with --data"),
     (["--target-flops", "0.001"], r"--target-flops 0.001: can't be reached: 0.063 is the nearest that can be"),
@@ -407,6 +408,33 @@ def test_slimming_needs_a_norm(place: Path, tmp_path: Path, capfd: pytest.Captur
     save(tmp_path / "bare.pt", DetectionModel(load_spec(tmp_path / "bare.yaml", 2), NAMES))
     refused(place, capfd, ["--method", "slimming", "--ratio", "0.3", "--weights", str(tmp_path / "bare.pt")], "no removable channel passes one")
     assert run(tmp_path, "--method", "l1", "--ratio", "0.3", "--noplots", weights="bare.pt", data=False) == 0
+    spec = load_spec(tmp_path / "runs" / "exp" / "pruned.yaml", 2)
+    assert spec.widths == load_model(str(tmp_path / "runs" / "exp" / "pruned.pt")).spec.widths and "0" in spec.widths
+
+
+def test_weights_that_are_no_numbers(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_model(str(place / "tiny.pt"))
+    model.state_dict()["model.1.conv.weight"][3] = torch.nan
+    save(tmp_path / "diverged.pt", model)
+    refused(place, capfd, ["--method", "l1", "--ratio", "0.3", "--weights", str(tmp_path / "diverged.pt")],
+            "diverged.pt: model.1.conv.weight holds NaN or infinity: take an earlier checkpoint")
+
+
+def test_a_plan_names_the_images_that_its_norms_saw(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--target-flops", "0.5", "--candidates", "2", "--seed", "3", "--calib", "9", "--name", "named", "--noplots") == 0
+    plan = str(place / "runs" / "named" / "plans" / "1.yaml")
+    refused(place, capfd, ["--plan", plan, "--seed", "3"], "1.yaml: was scored with --calib 9: repeat these")
+    assert run(place, "--plan", plan, "--seed", "3", "--calib", "9", "--name", "again", "--noplots") == 0
+    assert same(*(load_model(str(place / "runs" / name / "pruned.pt")) for name in ("named", "again")))
+
+
+def test_the_report_counts_what_stayed(place: Path) -> None:
+    assert run(place, "--method", "l1", "--ratio", "0.5", "--name", "counted", "--noplots", data=False) == 0
+    folder = place / "runs" / "counted"
+    with open(folder / "widths.csv", newline="") as file:
+        rows = {row["layer"]: int(row["channels after"]) for row in csv.DictReader(file)}
+    weights = load_model(str(folder / "pruned.pt")).state_dict()
+    assert rows.items() >= {f"{n}.conv": len(weights[f"model.{n}.conv.weight"]) for n in range(5)}.items()
 
 
 def test_weights_are_not_overwritten(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

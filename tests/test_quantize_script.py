@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,16 @@ def test_a_sensitive_layer_stays_float(place: Path, tmp_path: Path, capsys, monk
 def test_the_processors_int8_is_named(flags, said, monkeypatch):
     monkeypatch.setattr("utils.cpu._cpu_flags", lambda: flags)
     assert cpu_int8().startswith(said)
+
+
+def test_a_folder_that_nothing_can_be_written_into(place: Path, tmp_path: Path, capsys):
+    shutil.copy(place / "best.pt", tmp_path)
+    tmp_path.chmod(0o555)
+    try:
+        assert quantize.main(flags(place, "onnx", weights=tmp_path / "best.pt")) == 2
+    finally:
+        tmp_path.chmod(0o755)
+    assert f"{tmp_path}: the int8 file is written beside the weights, and nothing may be written there" in capsys.readouterr().err
 
 
 def test_bad_input(place: Path, tmp_path: Path, capsys):

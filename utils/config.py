@@ -1,6 +1,7 @@
 """The settings of each script."""
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,7 @@ SEED: Check = (lambda v: 0 <= v < 2**32, "must be at least 0 and below 2**32")
 INDICES: Check = (lambda v: min(v) >= 0, "must be 0 or more")
 SHARE: Check = (lambda v: 0 <= v < 1, "must be at least 0 and below 1")
 SEEDS: Check = (lambda v: all(0 <= seed < 2**32 for seed in v), "must be at least 0 and below 2**32")
+FEW: Check = (lambda v: v >= 8, "must be 8 or more")
 SIZES_OF_BATCH: Check = (lambda v: min(v) >= 1, "must be 1 or more")
 SIZE: Check = (lambda v: 32 <= v <= 8192, "must be between 32 and 8192 pixels")
 SIZES: Check = (lambda v: len(v) <= 2 and all(32 <= x <= 8192 for x in v), "takes one or two sizes between 32 and 8192 pixels")
@@ -63,9 +65,14 @@ class DataOptions(DataRoot):
     single_cls: bool = option(False, "treat all classes as one")
 
 
+def quoted(path: str | Path) -> str:
+    """As a command line has it."""
+    return shlex.quote(str(path))
+
+
 def for_next(options: TrainConfig | PruneConfig | ExportConfig | QuantizeConfig) -> str:
     """What the command that a script recommends as the next one must say too."""
-    flags = [f" --{name.replace('_', '-')} {value}" for name in ("plugin", "data_root") if (value := getattr(options, name))]
+    flags = [f" --{name.replace('_', '-')} {quoted(value)}" for name in ("plugin", "data_root") if (value := getattr(options, name))]
     return "".join(flags) + (" --single-cls" if getattr(options, "single_cls", False) else "")
 
 
@@ -188,7 +195,7 @@ class QuantizeConfig(DataOptions, Blocks):
     data: str = option("", "data YAML that it was trained on, found as given or in data/: int8 is calibrated on its train split, scored on val",
                        required=True)
     to: str = option("onnx", "what to write: best_int8.onnx or best_int8_openvino_model/, beside best.pt", choices=("onnx", "openvino"))
-    calib: int = option(300, "training images to measure the ranges of activations on", check=(lambda v: v >= 8, "must be 8 or more"))
+    calib: int = option(300, "training images to measure the ranges of activations on", check=FEW)
     max_drop: float = option(1.0, "points of mAP50-95 that int8 may lose: layers stay float until it holds", check=NOT_NEGATIVE)
     sensitivity: bool = option(False, "also write what each layer's rounding costs, as table and picture")
     imgsz: int | None = _imgsz()
@@ -237,7 +244,7 @@ class PruneConfig(DataOptions, NewRun):
     candidates: int = option(200, "plans that eagleeye tries", check=POSITIVE)
     min_ratio: float = option(0.1, "the least share of channels that a layer keeps", check=SHARE)
     round_to: int = option(8, "numbers of channels are multiples of it", check=POSITIVE)
-    calib: int = option(128, "training images that batch norms are re-estimated on", check=POSITIVE)
+    calib: int = option(128, "training images that batch norms are re-estimated on", check=FEW)
     held_out: int = option(128, "other training images that candidates are scored on", check=POSITIVE)
     imgsz: int | None = _imgsz()
     seed: int = option(0, "seed of everything random", check=SEED)

@@ -40,12 +40,16 @@ def gamma(graph: ChannelGraph, weights: Weights) -> Scores:
 
 
 def _by_filters(graph: ChannelGraph, weights: Weights, measure: Callable[[Tensor], Tensor]) -> Scores:
-    """The mean over a group's layers, each layer's in units of its own mean; a channel that a layer makes several times has their sum."""
-    return {group.name: np.mean([_of_layer(graph, group, key, weights[key], measure) for key in group.layers], 0) for group in graph.groups}
+    """The mean over the layers of a group that make a channel, each layer's in units of its own mean over those that it makes; a channel that a
+    layer makes several times has their sum."""
+    return {group.name: np.nanmean([_of_layer(graph, group, key, weights[key], measure) for key in group.layers], 0) for group in graph.groups}
 
 
 def _of_layer(graph: ChannelGraph, group: Group, key: str, weight: Tensor, measure: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """nan where the layer doesn't make a channel of the group, as before a concatenation."""
     dim = graph.by_weight[key].out_dim
     filters = weight.detach().movedim(dim, 0).flatten(1).double().cpu()
-    total = np.bincount(graph.uses[key][dim], measure(filters).numpy(), minlength=graph.count)[group.channels]
-    return total / max(total.mean(), 1e-12)
+    made = graph.uses[key][dim]
+    total = np.bincount(made, measure(filters).numpy(), minlength=graph.count)[group.channels]
+    total[~np.isin(group.channels, made)] = np.nan
+    return total / max(np.nanmean(total), 1e-12)

@@ -68,6 +68,8 @@ def check_settings(config: PruneConfig) -> None:
         if getattr(config, name) != getattr(PruneConfig, name):
             what = "--plan" if config.plan else f"--method {config.method}"
             raise UserError(f"--{name.replace('_', '-')}: is of eagleeye's search, and {what} tries nothing: leave it out")
+    if not config.data and config.calib != PruneConfig.calib:
+        raise UserError("--calib: batch norms are re-estimated on training images: name them with --data, or leave it out")
     if _searches(config):
         if config.ratio:
             raise UserError("--ratio says nothing to --method eagleeye, which tries plans of one budget: give --target-flops, or --method l1")
@@ -145,6 +147,8 @@ class Pruning:
         self.config, self.model, self.graph, self.slices = config, model, graph, slices
         self._remove = remove
         self.limits = Limits(config.min_ratio, config.round_to)
+        if broken := next((key for key, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()), ""):
+            raise UserError(f"{config.weights}: {broken} holds NaN or infinity: take an earlier checkpoint")
         self.scores = _IMPORTANCE[config.method](graph, model.state_dict())
         trained = [key for key, _ in model.named_parameters()]
         self.costs: dict[str, Cost] = {"flops": macs_share(graph, self.scores), "params": parameters_share(graph, self.scores, trained),
@@ -226,8 +230,7 @@ class Pruning:
     def _search(self, folder: Path) -> Plan:
         (kind, target), config = self._budget(), self.config
         settings = {"weights": digest(self.model.state_dict()), f"target-{kind}": target, "min-ratio": config.min_ratio, "round-to": config.round_to,
-                    "seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz,
-                    "norms": "augmented", "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
+                    **self._drawn_by(), "norms": "augmented", "precision": PRECISION[self.dtype], "data": self.slices.held_out_split.fingerprint}
         search = Search(folder / "candidates.json", settings)
         for candidate in search.candidates:
             self._check_plan(candidate.plan, search.file)
@@ -247,7 +250,7 @@ class Pruning:
             chosen = self._fast_enough(best, latency, search)
             best = [chosen, *(candidate for candidate in best if candidate is not chosen)]
         for place, candidate in enumerate(best[:_PLANS], 1):
-            write_yaml(folder / "plans" / f"{place}.yaml", _as_dict(candidate))
+            write_yaml(folder / "plans" / f"{place}.yaml", {"search": self._drawn_by()} | _as_dict(candidate))
         self.candidates = best
         return best[0].plan
 
@@ -265,9 +268,18 @@ class Pruning:
         return fastest
 
     def _read_plan(self, path: Path) -> Plan:
-        plan = read_yaml(path).get("channels")
+        content = read_yaml(path)
+        plan, search = content.get("channels"), content.get("search")
         self._check_plan(plan, path)
+        drawn_by = self._drawn_by() if self.slices and isinstance(search, dict) else {}
+        if differing := [f"--{name} {search[name]}" for name, value in drawn_by.items() if search.get(name, value) != value]:
+            raise UserError(f"{path}: was scored with {' '.join(differing)}: repeat these, so that its batch norms see the same images")
         return plan
+
+    def _drawn_by(self) -> dict[str, int]:
+        """What decides which images the batch norms see."""
+        config = self.config
+        return {"seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz}
 
     def _check_plan(self, plan: Any, path: Path) -> None:
         groups = {group.name: len(group.channels) for group in self.graph.groups}

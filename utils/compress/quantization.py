@@ -14,7 +14,7 @@ from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
 from utils.compress.rounding import Range, measure_ranges
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
-from utils.config import QuantizeConfig, for_next
+from utils.config import QuantizeConfig, for_next, quoted
 from utils.cpu import cpu_int8
 from utils.data.labels import Split
 from utils.data.open import val_loader
@@ -25,7 +25,7 @@ from utils.export.backends import open_network
 from utils.export.formats import ExportJob, Format
 from utils.export.graph import Detector
 from utils.export.metadata import ExportMetadata
-from utils.files import size_bytes
+from utils.files import is_writable, size_bytes
 from utils.log import info, warn
 from utils.measure.timing import Latency, Timings, time_interleaved
 from utils.network import Network, infer
@@ -59,6 +59,8 @@ class Quantization:
         """
         self.config, self.kind, self.network, self.val, self.tuned = config, kind, network, val, tuned
         self.weights = Path(config.weights)
+        if not is_writable(folder := self.weights.absolute().parent):
+            raise UserError(f"{folder}: the int8 file is written beside the weights, and nothing may be written there: copy the checkpoint elsewhere")
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
         stride = network.pad_stride if config.dynamic else None
         self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)
@@ -139,7 +141,7 @@ class Quantization:
         kept = f"; in float, the most sensitive first: {', '.join(best.kept)}" if best.kept else ""
         if reached:
             info(f"results: {path}, {best.drop:+.2f} points of mAP50-95 lost{kept}")
-            info(f"    python val.py --weights {path} --data {self.config.data}{for_next(self.config)}")
+            info(f"    python val.py --weights {quoted(path)} --data {quoted(self.config.data)}{for_next(self.config)}")
         else:
             warn(f"int8 loses {best.drop:.2f} points of mAP50-95, more than --max-drop {self.config.max_drop:g}, with up to {most} in float: "
                  f"the best file is kept aside as {path}{kept}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import Checkpoint, for_inference, save_checkpoint
-from utils.compress.plan import Plan
+from utils.compress.plan import Plan, best_of
 from utils.compress.pruning import Pruning
 from utils.files import atomic_write, write_csv
 from utils.log import info
@@ -22,7 +22,8 @@ def save_pruned(path: Path, model: Any, imgsz: int) -> None:
 def report(pruning: Pruning, plan: Plan, folder: Path) -> None:
     """widths.csv, the pictures, and the names of what stays whole."""
     graph = pruning.graph
-    layers = [(_short(group.name), len(group.channels), plan[group.name]) for group in graph.groups]
+    kept = best_of(graph, plan, pruning.scores)  # here and there a channel more than planned: no layer is left with none
+    layers = [(_short(group.name), len(group.channels), int(kept[group.channels].sum())) for group in graph.groups]
     shared = [" ".join(map(_short, group.layers[1:])) for group in graph.groups]
     rows = [(name, others, before, after, "") for (name, before, after), others in zip(layers, shared, strict=True)]
     rows += [(_short(key), "", outputs, outputs, "whole") for key, outputs in graph.whole.items()]

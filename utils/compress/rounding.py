@@ -48,9 +48,9 @@ def input_steps(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return step, (-low / step).round().int()
 
 
-def rounded_weight(layer: nn.Module) -> Tensor:
+def rounded_weight(layer: nn.Module, levels: int = WEIGHT_LEVELS) -> Tensor:
     """A weighted layer's, by its output channels."""
-    return round_weight(layer.weight, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
+    return round_weight(layer.weight, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
 
 
 def rounding_input(seen: Range) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.compress.rounding import WEIGHT_LEVELS, round_input, round_weight, weighted_layers
+from utils.compress.rounding import WEIGHT_LEVELS, Range, measure_ranges, rounded_weight, rounding_input, weighted_layers
 from utils.files import write_csv
 
 _TINY = 1e-12
@@ -20,14 +20,6 @@ _TINY = 1e-12
 class Sensitivity(NamedTuple):
     layer: str
     sqnr_db: float  # of the network's output with only this layer in int8: the lower, the more it suffers
-
-
-class _Ranges(NamedTuple):
-    """Of a layer in float on the images."""
-
-    low: Tensor
-    high: Tensor
-    mean: Tensor  # of its output by channel
 
 
 @torch.inference_mode()
@@ -41,14 +33,15 @@ def layer_sensitivities(network: nn.Module, images: Tensor, levels: int = WEIGHT
         network: fused, in eval mode; images (B, 3, H, W) in 0..1 -> raw maps.
     """
     layers = weighted_layers(network)
-    ranges: dict[str, _Ranges] = {}
+    ranges, means = measure_ranges(network, [images]), {}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(_measure_into(ranges, name)))
+            hooks.enter_context(layer.register_forward_hook(_mean_into(means, name)))
         reference = network(images)
     found = []
     for name in tqdm([name for name in layers if name in ranges], desc="sensitivity", leave=False, dynamic_ncols=True):
-        found.append(Sensitivity(name, output_sqnr_db(reference, _with_rounded(network, layers[name], ranges[name], images, levels))))
+        maps = _with_rounded(network, layers[name], ranges[name], means[name], images, levels)
+        found.append(Sensitivity(name, output_sqnr_db(reference, maps)))
     return sorted(found, key=lambda sensitivity: sensitivity.sqnr_db)
 
 
@@ -71,22 +64,22 @@ def write_sensitivities(path: Path, found: Sequence[Sensitivity], kept: Sequence
     write_csv(path, ("layer", "sqnr_db", "float"), ((layer, f"{sqnr_db:.3f}", int(layer in kept)) for layer, sqnr_db in found))
 
 
-def _with_rounded(network: nn.Module, layer: nn.Module, ranges: _Ranges, images: Tensor, levels: int) -> Sequence[Tensor]:
-    """The network's maps with this layer in int8."""
+def _with_rounded(network: nn.Module, layer: nn.Module, seen: Range, mean: Tensor, images: Tensor, levels: int) -> Sequence[Tensor]:
+    """The network's maps with this layer in int8, the mean of its output by channel as it was."""
     kept = layer.weight.data
-    layer.weight.data = round_weight(kept, levels, axis=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
+    layer.weight.data = rounded_weight(layer, levels)
     try:
         with ExitStack() as hooks:
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs: (round_input(inputs[0], ranges.low, ranges.high), *inputs[1:])))
-            hooks.enter_context(layer.register_forward_hook(lambda layer, _, output: output - _channel_mean(layer, output) + ranges.mean))
+            hooks.enter_context(layer.register_forward_pre_hook(rounding_input(seen)))
+            hooks.enter_context(layer.register_forward_hook(lambda layer, _, output: output - _channel_mean(layer, output) + mean))
             return network(images)
     finally:
         layer.weight.data = kept
 
 
-def _measure_into(ranges: dict[str, _Ranges], name: str) -> Callable:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ranges[name] = _Ranges(inputs[0].amin(), inputs[0].amax(), _channel_mean(layer, output))
+def _mean_into(means: dict[str, Tensor], name: str) -> Callable:
+    def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        means[name] = _channel_mean(layer, output)
 
     return hook
 

@@ -23,11 +23,13 @@ KEPT = 0  # the number that can't be removed
 _NORM_WORK = 4  # multiply-accumulates of a value, as thop counts them
 _ONE_BY_ONE = {
     "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
-    "gelu", "mish", "elu", "elu_", "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
+    "gelu", "mish", "elu", "elu_", "celu", "celu_", "selu", "selu_", "softplus",
+    "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
     "clone", "to", "float", "detach",
 }  # fmt: skip
 _IN_EACH_CHANNEL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad"}
-_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "prelu"}
+_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_",
+          "__truediv__", "__rtruediv__", "__itruediv__", "prelu"}
 _MOVES = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "squeeze"}
 _MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind", "index_select"}
 
@@ -120,7 +122,14 @@ class _Tracer(TorchFunctionMode):
     # Rules: what a call does to numbers.
 
     def _one_by_one(self, call: Call) -> None:
-        self._give(call.made[0], self._numbers(call.given[0]))
+        x, *others = tensors_of((call.args, call.kwargs))
+        if call.name == "to":
+            others = []  # what it is to be like
+        if id(x) not in self.numbered and not others:
+            return  # such as a learned scale: it has nothing of the image
+        if id(x) not in self.numbered or any(other.numel() > 1 for other in others):  # such as bounds of each channel's own
+            return self._unknown(call)
+        self._give(call.made[0], self._numbers(x))
 
     def _in_each_channel(self, call: Call) -> None:
         x, y = call.given[0], call.made[0]
@@ -137,10 +146,24 @@ class _Tracer(TorchFunctionMode):
         others = [x for x in tensors_of((call.args, call.kwargs)) if id(x) not in self.numbered and x.numel() > 1]
         if others:  # such as a learned scale for each channel
             return self._unknown(call)
-        first = self._numbers(call.given[0]).expand(call.made[0].shape)
-        for other in call.given[1:]:
-            self._tie(first, self._numbers(other).expand(call.made[0].shape))
-        self._give(call.made[0], first)
+        made = call.made[0]
+        numbers = [self._numbers(x).expand(made.shape) for x in call.given]
+        spread = [self._is_spread(x, made, numbers) for x in call.given]
+        if all(spread):
+            return self._unknown(call)
+        for x in (x for x, wide in zip(call.given, spread, strict=True) if wide):  # such as a gate of one channel for all: it stays
+            self.kept_whole.setdefault(self.inside[-1] if self.inside else "", f"{call.name} over all channels")
+            self._keep(self._numbers(x))
+        first, *others = (own for own, wide in zip(numbers, spread, strict=True) if not wide)
+        for other in others:
+            self._tie(first, other)
+        self._give(made, first)
+
+    def _is_spread(self, x: Tensor, made: Tensor, numbers: list[Tensor]) -> bool:
+        """Whether one value of it meets several channels."""
+        sides = [1] * (made.dim() - x.dim()) + list(x.shape)
+        wide = [dim for dim, (own, side) in enumerate(zip(sides, made.shape, strict=True)) if own == 1 < side]
+        return any(bool((other != other.narrow(dim, 0, 1)).any()) for dim in wide for other in numbers)
 
     def _move(self, call: Call) -> None:
         def numbers_of(x: Tensor) -> Tensor:

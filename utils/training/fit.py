@@ -15,7 +15,7 @@ import torch
 
 from utils.checkpoint import Checkpoint, cast_floats, for_inference, load_checkpoint, save_checkpoint
 from utils.compress.rounding import rounded
-from utils.config import for_next
+from utils.config import for_next, quoted
 from utils.data.dataset import RectDataset, TrainDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache, memory_limit
 from utils.data.labels import Split
@@ -135,9 +135,11 @@ class Training:
             info(f"pictures: {self.run_dir / 'results.png'}, PR_curve.png, confusion_matrix.png, val_batch0.jpg and more beside them")
         if self.quantization:
             info("scores:   as int8 computes; the file itself is made, and scored, by")
-            info(f"next:     python quantize.py --weights {best} --data {self.config.data} --to openvino{for_next(self.config)}    (or --to onnx)")
+            info(f"next:     python quantize.py --weights {quoted(best)} --data {quoted(self.config.data)} --to openvino"
+                 f"{for_next(self.config)}    (or --to onnx)")
         else:
-            info(f"next:     python detect.py --weights {best} --source {Path(self.val_split.images[0]).parent}")
+            plugin = f" --plugin {quoted(self.config.plugin)}" if self.config.plugin else ""
+            info(f"next:     python detect.py --weights {quoted(best)} --source {quoted(Path(self.val_split.images[0]).parent)}{plugin}")
 
     def _load_data(self, host_bytes: int) -> None:
         config, stride = self.config, self.model.pad_stride
