@@ -135,7 +135,7 @@ def check_options(options: NmsOptions) -> NmsOptions:
     """
     for name, flag in (("conf", "conf_thres"), ("iou", "iou_thres"), ("classes", "classes"), ("max_det", "max_det")):
         value = getattr(options, flag)
-        if value is not None:
+        if value is not None or flag != "classes":
             _check(name, flag, value)
     if not isinstance(options.max_det, numbers.Integral):
         raise UserError(f"max_det {options.max_det!r}: expected a whole number")

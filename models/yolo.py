@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from models.build import build_rows, inputs_of, narrow_rows
@@ -14,7 +13,7 @@ from models.fuse import fold, fuse
 from models.head import Detect, decode, in_order_of
 from models.narrow import widths_of
 from models.spec import IMAGE, LayerSpec, ModelSpec, load_spec
-from utils.checkpoint import Checkpoint, cast_floats, find_checkpoint, load_checkpoint
+from utils.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from utils.errors import UserError
 from utils.log import info
 
@@ -189,7 +188,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, origin: str) -> DetectionModel
         UserError: its spec and its tensors disagree.
     """
     model = DetectionModel(ModelSpec.from_dict(checkpoint.spec, origin), checkpoint.names)
-    transfer = transfer_weights(model, cast_floats(checkpoint.state_dict, torch.float32))
+    transfer = transfer_weights(model, checkpoint.state_dict)
     if transfer.left:
         raise UserError(f"{origin}: its tensors are not those of its own network: {transfer}")
     return model.eval()

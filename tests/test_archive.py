@@ -172,12 +172,17 @@ ATTACKS = {
     "a model that contains itself a thousand times": (
         NETWORK + b"}(" + text("model") + b"h\x00" + b"".join(text(str(i)) + b"h\x00" for i in range(1000)) + b"uub.", "beyond measure"),
     "a model of half a million parts": (
-        MODEL + b")\x81q\x030" + MODEL[2:] + b")\x81q\x04" + modules(b"h\x03", 700) + b"b0" + NETWORK + b"}" + text("model")
-        + MODEL[2:] + b")\x81" + modules(b"h\x04", 700) + b"bsub.", "beyond measure"),
+        MODEL + b")\x81q\x000" + MODEL[2:] + b")\x81q\x01" + modules(b"h\x00", 700) + b"b0" + NETWORK + b"}" + text("model")
+        + MODEL[2:] + b")\x81" + modules(b"h\x01", 700) + b"bsub.", "beyond measure"),
     "a part with an endless name": (
         NETWORK + b"}" + text("model") + MODEL[2:] + b")\x81}" + text("_modules") + b"}" + text("a" * 1000) + MODEL[2:] + b")\x81ssbsub.",
         "beyond measure"),
     "a list of lists of lists": (OURS + b"]q\x010" + (b"](" + b"h\x01" * 10 + b"eq\x010") * 40 + b"h\x01u.", "beyond measure"),
+    "a text repeated without end": (OURS + b"](" + text("x" * 100_000) + b"q\x00" + b"h\x00" * 1500 + b"eu.", "texts are repeated beyond measure"),
+    "a number without end": (OURS + b"}" + text("nc") + b"\x8b" + (2500).to_bytes(4, "little") + b"\x01" * 2500 + b"su.", "beyond 64 bits"),
+    "an instance as a module's name": (
+        NETWORK + b"}" + text("model") + MODEL[2:] + b")\x81}" + text("_parameters") + b"}" + MODEL[2:] + b")\x81]q\x010"
+        + (b"](" + b"h\x01" * 10 + b"eq\x010") * 40 + b"h\x01bNssb" + b"sub.", "not a YOLOv5 network"),
     "a spec nested too deep": (OURS + b"]" + b"\x85" * 5000 + b"u.", "beyond measure"),
     "a version that can't be printed": (
         OURS + b"N" + text("version") + b"]q\x010" + (b"](" + b"h\x01" * 10 + b"eq\x010") * 40 + b"h\x01u.", "an unknown format version"),

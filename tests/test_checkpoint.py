@@ -88,7 +88,7 @@ def test_loaded_tensors_can_be_written(tmp_path):
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text("abc.é") | st.integers(-(2**60), 2**60), inner),
     max_leaves=15,
 )
@@ -105,7 +105,8 @@ def test_any_plain_data(tmp_path, training):
 @pytest.mark.parametrize(("value", "place"), [
     (np.float64(1), "training.a[1].b"), (np.zeros(2), "ndarray"), (Path("x"), "Path"), ({1, 2}, "set"), (b"raw", "bytes"), (object(), "object"),
     (torch.nn.ReLU(), "ReLU"), (torch.float32, "dtype"), (torch.Size([1]), "Size"), (OrderedDict(a=1), "OrderedDict"), (print, "builtin"),
-    ({(1, 2): 3}, "keys"), ({1.5: 3}, "keys"), ({None: 3}, "keys"), ({2**64: 3}, "keys"), (torch.zeros(2, device="meta"), "meta"),
+    ({(1, 2): 3}, "keys"), ({1.5: 3}, "keys"), ({None: 3}, "keys"), ({2**64: 3}, "keys"), (2**63, "beyond 64 bits"),
+    (torch.zeros(2, device="meta"), "meta"),
     (torch.zeros(2, 2).to_sparse(), "sparse"), (torch.zeros(2, dtype=torch.float8_e5m2), "float8"), (type("I", (int,), {})(3), "I"),
     ([0] * 200_000, "use tensors"), ("\ud800", "surrogates"),
 ])  # fmt: skip

@@ -282,6 +282,7 @@ def test_a_broken_pillow_image(detector, tmp_path):
     ({"conf": "high"}, "conf 'high': expected a number"),
     ({"iou": float("nan")}, "iou nan: must be a finite number"),
     ({"max_det": 0}, "max_det 0: must be above 0"),
+    ({"conf": None}, "conf None: expected a number"), ({"iou": None}, "iou None: expected a number"),
     ({"max_det": 2.5}, "max_det 2.5: expected a whole number"),
     ({"classes": [2]}, r"--classes 2: this network knows classes 0 to 1 \(red to green\)"),
     ({"classes": -1}, "classes -1: must be 0 or more"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_every_place_tried_is_named(tmp_path):
         find_file("bcd.yaml", [tmp_path, tmp_path / "none"], "data YAML")
     tried = f"bcd.yaml, {tmp_path}/bcd.yaml, {tmp_path}/none/bcd.yaml"
     assert str(raised.value) == f"bcd.yaml: no such data YAML; looked at {tried}; did you mean bccd.yaml?"
+    with pytest.raises(UserError, match=r"did you mean bccd\.yaml\?$"):
+        find_file("bccd", [tmp_path], "data YAML")
 
 
 def test_capitals_do_not_matter_and_folders_that_were_added_are_told(tmp_path):
@@ -119,6 +122,15 @@ def test_yaml_refused(tmp_path, text, words):
     with pytest.raises(UserError) as raised:
         read_yaml(path)
     assert str(raised.value).startswith(str(path)) and [word for word in words if word not in str(raised.value)] == [], raised.value
+
+
+def test_what_json_escapes(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(json.dumps({"names": ["😀", "é"]}))
+    assert read_yaml(path) == {"names": ["😀", "é"]}
+    path.write_text(r'names: ["\ud83d"]')
+    with pytest.raises(UserError, match=r"a\.yaml:1: not valid YAML: .* is no str"):
+        read_yaml(path)
 
 
 def test_what_is_no_text(tmp_path):
@@ -235,10 +247,13 @@ def test_run_folders_are_numbered(tmp_path):
     assert new_run_dir(str(tmp_path / "a" / "b"), "c/d") == tmp_path / "a" / "b" / "c" / "d"
     (tmp_path / "file").write_text("")
     assert new_run_dir(tmp_path, "file").name == "file2"
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         new_run_dir(tmp_path / "file", "exp")
     with pytest.raises(FileExistsError):
         new_run_dir(tmp_path, "file", exist_ok=True)
+    (tmp_path / "unmounted").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError):
+        new_run_dir(tmp_path / "unmounted", "exp")
 
 
 def test_runs_at_once_get_a_folder_each(tmp_path):
@@ -266,6 +281,10 @@ def test_is_writable(tmp_path):
     (OSError(errno.ENAMETOOLONG, "File name too long", "z"), ["z", "too long"]), (MemoryError(), ["out of memory", "--batch-size"]),
     (RuntimeError("CUDA out of memory. Tried"), ["out of memory"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["out of memory"]),
+    (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), ["out of memory"]),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), ["out of memory", "--workers"]),
+    (OSError(errno.EMFILE, "Too many open files"), ["too many processes", "ulimit"]), (RuntimeError("can't start new thread"), ["--workers"]),
+    (ImportError("libGL.so.1: cannot open shared object file", name="cv2"), ["cv2 can't be loaded: libGL.so.1", "opencv-python-headless"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
     @script
@@ -278,7 +297,8 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
     assert [word for word in words if word not in err] == [], err
 
 
-@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), OSError(errno.EIO, "I/O error"), AssertionError()])
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), OSError(errno.EIO, "I/O error"), AssertionError(),
+                                   ImportError("cannot import name 'a' from 'models.b'")])
 def test_our_own_mistakes_keep_their_traceback(error):
     @script
     def main(argv=None):

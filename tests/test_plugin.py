@@ -95,7 +95,11 @@ def test_the_example_trains_is_scored_detects_and_resumes(tmp_path, monkeypatch,
              "--project", str(tmp_path / "detect")]
     assert val.main([*scored, *PLUGIN]) == 0
     assert detect.main([*found, *PLUGIN]) == 0
-    assert train.main(["--resume", str(weights / "last.pt"), "--epochs", "3"]) == 0
+    resumed = ["--resume", str(weights / "last.pt"), "--epochs", "3"]
+    capsys.readouterr()
+    assert train.main(resumed) == 2, "no program runs because a checkpoint names it"
+    assert "last.pt: its run used --plugin" in capsys.readouterr().err
+    assert train.main([*resumed, *PLUGIN]) == 0
 
     monkeypatch.delitem(registry._BLOCKS, "FasterBlock")  # as a process that has not seen the plugin
     capsys.readouterr()

@@ -250,6 +250,10 @@ def test_resume_refuses_other_files(whole: Path, tmp_path: Path, capfd: pytest.C
     for change in ({"unknown": 1}, {"config": {"unknown": 1}}):
         save_checkpoint(tmp_path / "other.pt", dataclasses.replace(checkpoint, training=checkpoint.training | change))
         assert "another version" in refused(tmp_path / "other.pt")
+    config = checkpoint.training["config"]
+    for name, value in (("epochs", "5"), ("imgsz", 0), ("optimizer", "Lion"), ("freeze", (0, -1)), ("rect", 1)):
+        save_checkpoint(tmp_path / "other.pt", dataclasses.replace(checkpoint, training=checkpoint.training | {"config": config | {name: value}}))
+        assert f"other.pt: its --{name} " in refused(tmp_path / "other.pt")
 
 
 # what a run leaves

@@ -112,7 +112,9 @@ def deep_tuples(levels: int, step: bytes) -> bytes:
     b"N0" * 200_000 + b".",
     b"c__builtin__\nlist\nq\x00](" + b"N" * 100_000 + b"e\x85q\x01" + b"h\x00h\x01R0" * 100 + b".",  # a long list copied again and again
     b"Nr\x00\x00\x00\x7f.",
-], ids=range(10))  # fmt: skip
+    b"}(" + b"".join(b"J" + (n << 12).to_bytes(4, "little") + b"N" for n in range(20_000)) + b"u.",  # whole numbers collide, too
+    b"N" + b"".join(b"r" + (n << 8).to_bytes(4, "little") for n in range(1, 1000)) + b".",  # in the memo likewise
+], ids=range(12))  # fmt: skip
 def test_bombs_are_refused_in_time(data, monkeypatch):
     monkeypatch.setattr("utils.unpickle.MAX_STEPS", 300_000)
     start = time.perf_counter()

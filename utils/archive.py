@@ -71,19 +71,27 @@ class Archive:
 
     def plain(self, tree: Any) -> Any:
         """The part `tree` of the content as tensors and plain data; nothing in the result is shared but tensors' memory."""
-        budget = iter(range(MAX_NODES))
+        budget, text = iter(range(MAX_NODES)), 0
 
         def copy(node: Any, depth: int) -> Any:
+            nonlocal text
             if depth > MAX_DEPTH or next(budget, None) is None:
                 raise ValueError("nested or repeated beyond measure")
             if isinstance(node, dict):
                 if not all(isinstance(key, (str, int)) for key in node):
                     raise ValueError("holds keys that are neither text nor whole numbers")
+                text += sum(len(key) for key in node if isinstance(key, str))
                 return {key: copy(value, depth + 1) for key, value in node.items()}
             if isinstance(node, (list, tuple, set)):
                 return type(node)(copy(item, depth + 1) for item in node)
             if isinstance(node, TensorRef):
                 return self.tensor(node)
+            if isinstance(node, (str, bytes)):
+                text += len(node)  # written out as often as it is meant
+            if text > _MAX_PICKLE_BYTES:
+                raise ValueError("its texts are repeated beyond measure")
+            if isinstance(node, int) and not -(1 << 63) <= node < 1 << 63:
+                raise ValueError("holds a number beyond 64 bits")
             if node is None or isinstance(node, (bool, int, float, str, bytes)):
                 return node
             raise ValueError(f"holds {node.cls if isinstance(node, Instance) else node} where plain data is expected")

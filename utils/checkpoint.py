@@ -148,6 +148,8 @@ class _Plain:
         if depth > MAX_DEPTH or self.nodes > MAX_NODES:
             raise ValueError(f"checkpoint: {place} is nested deeper than {MAX_DEPTH} or the whole has over {MAX_NODES} values: use tensors")
         kind = type(node)
+        if kind is int and not -(2**63) <= node < 2**63:
+            raise ValueError(f"checkpoint: {place} is a number beyond 64 bits")
         if node is None or kind in (bool, int, float):
             return node
         if kind is str:

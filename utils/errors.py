@@ -14,6 +14,9 @@ USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
                 errno.ENAMETOOLONG}
 _REQUIRED = {"torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm", "matplotlib", "pycocotools", "thop", "distutils"}  # as they are imported
+_LIMITS = {errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+_TOO_MANY = "too many processes, threads or open files for this machine's limits: lower --workers, or raise them (ulimit -u, ulimit -n)"
+_SHORT_OF_MEMORY = "out of memory: lower --imgsz, or --batch-size and --workers where they are"
 _LONGEST = 2000  # characters of a message
 
 
@@ -85,18 +88,30 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
                 raise
             line = (f"needs {error.name}: pip install -r requirements.txt" if error.name in _REQUIRED else
                     f"needs the Python module {error.name}: install the package that has it")
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+        except ImportError as error:  # of a package that is there: a library of the system's is not
+            if ".so" not in str(error) and "DLL" not in str(error):
                 raise
-            line = f"{error.filename or 'output'}: {error.strerror}: choose a folder with room that you may write to"
+            mend = "pip install opencv-python-headless in place of opencv-python" if error.name == "cv2" else "install that library of the system's"
+            line = f"{error.name or 'a package'} can't be loaded: {short_reason(error)}: {mend}"
+        except OSError as error:
+            if error.errno in _LIMITS:
+                line = _TOO_MANY
+            elif _is_out_of_memory(error):
+                line = _SHORT_OF_MEMORY
+            elif error.errno not in _DISK_ERRORS:
+                raise
+            else:
+                line = f"{error.filename or 'output'}: {error.strerror}: choose a folder with room that you may write to"
         except (MemoryError, RuntimeError) as error:
             if str(error).startswith("DataLoader worker"):
                 line = (f"a process that loads images has ended ({short_reason(error, 100)}): if memory was short, lower --batch-size or --workers, "
                         "give --cache none, or (in Docker) more shared memory: --shm-size 8g")
+            elif "can't start new thread" in str(error):
+                line = _TOO_MANY
             elif not _is_out_of_memory(error):
                 raise
             else:
-                line = "out of memory: lower --imgsz, or --batch-size where there is one"
+                line = _SHORT_OF_MEMORY
         print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
 
@@ -106,4 +121,5 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
 def _is_out_of_memory(error: BaseException) -> bool:
     """PyTorch reports both devices' shortage as a RuntimeError; only the CUDA one has a class of its own."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text or "status_alloc_failed" in text
+    short = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return short or any(words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed"))

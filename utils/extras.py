@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from types import ModuleType
 
-from utils.errors import UserError
+from utils.errors import UserError, short_reason
 
 
 def is_installed(package: str) -> bool:
@@ -40,3 +40,5 @@ def import_extra(package: str) -> ModuleType:
         if error.name != package:
             raise
         raise UserError(f"needs {package}: pip install {package}") from None
+    except ImportError as error:
+        raise UserError(f"{package}: is installed and can't be loaded: {short_reason(error)}") from None

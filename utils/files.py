@@ -37,7 +37,8 @@ def find_file(name: str | Path, folders: Iterable[Path], what: str) -> Path:
         alike = [entry for entry in _entries(path.parent) if entry.casefold() == path.name.casefold()]
         if len(alike) == 1 and os.path.isfile(path.with_name(alike[0])):
             return path.with_name(alike[0])
-    known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix == tried[0].suffix}
+    suffixes = {tried[0].suffix} if tried[0].suffix else {"", ".yaml"}  # which is easily forgotten
+    known = {entry for path in tried for entry in _entries(path.parent) if Path(entry).suffix in suffixes}
     if any(folder != ROOT and os.path.isfile(folder / tried[0].name) for folder in folders):
         known.add(tried[0].name)  # of ours: it needs no folder
     raise UserError(f"{name}: no such {what}; looked at {', '.join(map(str, tried))}{did_you_mean(tried[0].name, known)}")
@@ -71,6 +72,8 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > 63:
                 raise OverflowError
+            if isinstance(value, str) and not value.isascii():  # JSON writes what lies beyond 16 bits as a pair; half of one is no text
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
             return value
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             raise yaml.MarkedYAMLError(problem=f"'{node.value}' is no {node.tag.rpartition(':')[2]}", problem_mark=node.start_mark) from None
@@ -227,10 +230,11 @@ def discarded_if_refused(folder: Path, prepared: Collection[str]) -> Iterator[No
 def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """Create and return `project/name`, or the first free of `name2`, `name3`… unless `exist_ok`."""
     base = Path(os.path.expanduser(project)) / name
+    base.parent.mkdir(parents=True, exist_ok=True)  # a link to nowhere is no reason to try the next name
     path, n = base, 1
     while True:
         try:
-            path.mkdir(parents=True, exist_ok=exist_ok)
+            path.mkdir(exist_ok=exist_ok)
             return path
         except FileExistsError:
             if exist_ok:

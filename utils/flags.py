@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
@@ -94,6 +94,22 @@ def parse_given(cls: type[Config], argv: Sequence[str] | None, description: str)
         if f.name in values:
             check_value(f, values[f.name], f"--{f.name.replace('_', '-')}")
     return values
+
+
+def check_stored(cls: type, settings: Mapping[str, Any], place: str) -> None:
+    """Settings that were read from a file are what its command line could have said.
+
+    Raises:
+        UserError: one is of another type or out of its range; the line begins with `place`.
+    """
+    for f in dataclasses.fields(cls):
+        if f.name not in settings or (value := settings[f.name]) == f.default:
+            continue
+        flag, kind = f"{place}: its --{f.name.replace('_', '-')}", int if f.default is None else type(f.default)
+        choices = f.metadata["argparse"].get("choices")
+        if type(value) not in ((int, float) if kind is float else (kind,)) or (choices and value not in choices):
+            raise UserError(f"{flag} {value!r}: is nothing that the flag takes: is the file damaged?")
+        check_value(f, value, flag)
 
 
 def check_value(f: dataclasses.Field, value: Any, place: str) -> None:

@@ -76,7 +76,9 @@ def _find_model(archive: Archive) -> Instance:
 def _children(module: Any) -> dict[str, Instance]:
     """A module's submodules by name; {} where it is none."""
     modules = module.get("_modules") if isinstance(module, Instance) else None
-    return {str(name): child for name, child in modules.items() if isinstance(child, Instance)} if isinstance(modules, dict) else {}
+    if not isinstance(modules, dict):
+        return {}
+    return {name: child for name, child in modules.items() if isinstance(name, str) and isinstance(child, Instance)}
 
 
 def _modules(archive: Archive, root: Instance) -> Iterator[tuple[str, Instance]]:
@@ -101,15 +103,17 @@ def _tensors(archive: Archive, root: Instance) -> Iterator[tuple[str, TensorRef]
     count = 0
     for prefix, module in _modules(archive, root):
         transient = module.get("_non_persistent_buffers_set")
-        dropped = {"anchor_grid", *(transient if isinstance(transient, set) else ())}
+        transient = transient if isinstance(transient, set) else set()  # not copied: many modules may share one
         for members in (module.get("_parameters"), module.get("_buffers")):
             for name, value in members.items() if isinstance(members, dict) else ():
                 count += 1
-                _check_size(archive, count, len(prefix) + len(name) if isinstance(name, str) else 0)
-                if value is None or name in dropped:
+                if not isinstance(name, str):
+                    raise UserError(f"{archive.path}: its {prefix or 'network'} has a part whose name is no text")
+                _check_size(archive, count, len(prefix) + len(name))
+                if value is None or name == "anchor_grid" or name in transient:
                     continue
                 if not isinstance(value, TensorRef):
-                    raise UserError(f"{archive.path}: its {prefix}{name!s:.50} is no tensor")
+                    raise UserError(f"{archive.path}: its {prefix}{name:.50} is no tensor")
                 yield f"{prefix}{name}", value
 
 

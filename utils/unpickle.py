@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ STORAGE_DTYPES = {
 }  # fmt: skip
 MAX_STEPS = 3_000_000  # a training checkpoint of yolov5x6 takes a tenth of it
 _MAX_NAME = 200
+_MAX_NUMBER_KEYS = 10_000  # whole numbers hash to themselves, so that chosen ones collide; each costs at most as many looks
 _MAX_DIMS = 16
 _LONG = 2**63
 
@@ -68,6 +69,9 @@ class Instance:
 
     cls: Global
     state: Any = None
+
+    def __repr__(self) -> str:
+        return str(self.cls)  # the state may be endless
 
     def get(self, name: str) -> Any:
         """The attribute of that name, or None."""
@@ -155,34 +159,27 @@ def _storage(identity: Any) -> Storage:
     return Storage(key, STORAGE_DTYPES[cls.name], *_whole_numbers((numel,)))
 
 
-def _check_keys(keys: list[Any]) -> None:
-    """Only keys whose hash is quick and can't be made to collide: tuples nest, long integers and floats collide."""
-    for key in keys:
-        if not (key is None or isinstance(key, (str, bytes, Global, Instance)) or (isinstance(key, int) and -_LONG < key < _LONG)):
-            raise ValueError(f"a {type(key).__name__} as a key")
-
-
-def _fill(target: Any, pairs: list[Any]) -> Any:
+def _fill(machine: _Machine, target: Any, pairs: list[Any]) -> Any:
     """Put keys and values, given in turn, into a dict. Of a dict's subclass, an Instance, nothing is needed."""
     if isinstance(target, Instance):
         return target
     if not isinstance(target, dict) or len(pairs) % 2:
         raise ValueError("a dict's items without a dict")
-    _check_keys(pairs[::2])
+    machine.check_keys(pairs[::2])
     target.update(zip(pairs[::2], pairs[1::2], strict=True))
     return target
 
 
-def _extend(target: Any, items: list[Any]) -> None:
+def _extend(_: _Machine, target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Instance):
         raise ValueError("a list's items without a list")
 
 
-def _add(target: Any, items: list[Any]) -> None:
+def _add(machine: _Machine, target: Any, items: list[Any]) -> None:
     if isinstance(target, set):
-        _check_keys(items)
+        machine.check_keys(items)
         target.update(items)
     elif not isinstance(target, Instance):
         raise ValueError("a set's items without a set")
@@ -196,11 +193,21 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.steps = 0
+        self.number_keys = 0
 
     def spend(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
             raise ValueError(f"its pickle takes more than {MAX_STEPS} steps, no checkpoint does")
+
+    def check_keys(self, keys: Sequence[Any]) -> None:
+        """Only keys whose hash is quick and can't be made to collide: tuples nest, long integers and floats collide, and few whole numbers."""
+        for key in keys:
+            if not (key is None or isinstance(key, (str, bytes, Global, Instance)) or (isinstance(key, int) and -_LONG < key < _LONG)):
+                raise ValueError(f"a {type(key).__name__} as a key")
+        self.number_keys += sum(isinstance(key, int) for key in keys)
+        if self.number_keys > _MAX_NUMBER_KEYS:
+            raise ValueError(f"more than {_MAX_NUMBER_KEYS} whole numbers as keys")
 
     def construct(self, cls: Any, args: Any) -> Any:
         """What `cls(*args)` stands for: a container or a tensor for the few known names, an Instance for all others."""
@@ -217,10 +224,10 @@ class _Machine:
             raise ValueError(f"a {name} of what is no list")
         self.spend(len(items))
         if name in ("dict", "OrderedDict"):
-            _check_keys([key for key, _ in items])
+            self.check_keys([key for key, _ in items])
             return dict(items)
         if name in ("set", "frozenset"):
-            _check_keys(list(items))
+            self.check_keys(list(items))
             return set(items)
         return list(items) if name == "list" else tuple(items)
 
@@ -242,8 +249,8 @@ class _Machine:
         return items
 
     def put(self, index: int) -> None:
-        if not 0 <= index <= MAX_STEPS:
-            raise ValueError("a memo beyond measure")
+        if not 0 <= index <= len(self.memo) + 1:  # picklers count, from 0 or from 1
+            raise ValueError("a memo out of order")
         self.memo[index] = self.stack[-1]
 
     def build(self) -> None:
@@ -252,9 +259,9 @@ class _Machine:
         if isinstance(self.stack[-1], Instance):
             self.stack[-1].state = state
 
-    def change(self, how: Callable[[Any, list[Any]], None], items: list[Any]) -> None:
+    def change(self, how: Callable[[_Machine, Any, list[Any]], None], items: list[Any]) -> None:
         """Apply `how` to what lies below the items, which are off the stack by now."""
-        how(self.stack[-1], items)
+        how(self, self.stack[-1], items)
 
 
 def _instantiate(machine: _Machine, cls: Any, *args: Any) -> Any:
@@ -288,7 +295,7 @@ _MAKERS: dict[str, Callable[[_Machine, Any], Any]] = {
     "TUPLE2": lambda m, _: tuple(m.last(2)),
     "TUPLE3": lambda m, _: tuple(m.last(3)),
     "LIST": lambda m, _: m.to_mark(),
-    "DICT": lambda m, _: _fill({}, m.to_mark()),
+    "DICT": lambda m, _: _fill(m, {}, m.to_mark()),
     "FROZENSET": lambda m, _: m.container("frozenset", m.to_mark()),
     "GLOBAL": lambda m, names: find(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: find(*m.last(2)),

@@ -113,7 +113,7 @@ def train(run: Run, config: CompareConfig) -> None:
 def command(run: Run, config: CompareConfig) -> list[str]:
     """train.py's arguments."""
     if run.last.exists():
-        return ["--resume", str(run.last), *_flags(config, _ANEW)]
+        return ["--resume", str(run.last), *_flags(config, (*_ANEW, "plugin"))]
     words = ["--cfg", run.entrant.cfg, "--seed", str(run.seed), "--project", str(run.folder.parent), "--name", run.folder.name, "--exist-ok"]
     words += ["--epochs", str(_ENDLESS if config.budget_minutes else config.epochs), "--time-limit", str(config.budget_minutes), "--patience", "0"]
     return words + _flags(config, _PASSED_ON) + ["--single-cls"] * config.single_cls + ["--noplots"] * config.noplots

@@ -12,6 +12,7 @@ from utils.config import TrainConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
 from utils.files import new_run_dir, write_yaml
+from utils.flags import check_stored
 from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.log import info
 from utils.training.qat import fine_tuning
@@ -19,7 +20,7 @@ from utils.training.state import TrainState
 
 _AFTER_PRUNING = "hyp.finetune.yaml"
 _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache", "noplots", "save_period", "data_root", "project",
-               "precision"}
+               "precision", "plugin", "download"}
 
 
 PREPARED = ("opt.yaml", "hyp.yaml")  # what `create_folder` puts into a run's folder
@@ -105,8 +106,14 @@ def resumed_run(given: dict[str, Any]) -> Run:
             raise UserError(f"--resume goes on with the run's own settings: leave out {flag}, or start anew with --weights {last}")
     checkpoint = load_checkpoint(last)
     state = TrainState.from_dict(checkpoint.training, str(last))
+    # A checkpoint may come from anywhere: neither a program that it names is run, nor an address opened, unless the command line says so.
+    if state.config.get("plugin") and "plugin" not in given:
+        raise UserError(f"{last}: its run used --plugin {state.config['plugin']}, a program: name it again, if you trust it")
+    if "plugin" in given:
+        given["plugin"] = os.path.abspath(given["plugin"])
     try:
-        config = TrainConfig(**state.config | given | {"resume": str(last)})
+        check_stored(TrainConfig, state.config, str(last))
+        config = TrainConfig(**state.config | {"download": False} | given | {"resume": str(last)})
     except TypeError as error:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
     if state.finished and state.epoch >= config.epochs:
