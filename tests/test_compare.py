@@ -263,7 +263,7 @@ def test_one_is_added_one_fails_and_none_is_trained_twice(tmp_path: Path, flags:
     table = table_of(folder)
     assert set(table) == {"small", "wide", "third"} and all(r["val mAP50-95"] and r["training (min)"] for r in table.values())
     assert compare.main(["--cfg", first, *flags, "--noplots", "--seeds", "1"]) == 0
-    assert table_of(folder)["small"]["val mAP50-95 n"] == "2" and "seeds 0 1;" in (folder / "compare.md").read_text()
+    assert table_of(folder)["small"]["val mAP50-95 n"] == "2" and "seeds 0 1, not all of each network, fp32;" in (folder / "compare.md").read_text()
 
 
 def test_checkpoints_are_scored_once_and_other_classes_cost_a_row(tmp_path: Path, flags: list[str], shared: Path) -> None:

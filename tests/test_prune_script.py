@@ -421,11 +421,11 @@ def test_weights_that_are_no_numbers(place: Path, tmp_path: Path, capfd: pytest.
 
 
 def test_a_plan_names_the_images_that_its_norms_saw(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(place, "--target-flops", "0.5", "--candidates", "2", "--seed", "3", "--calib", "9", "--name", "named", "--noplots") == 0
-    plan = str(place / "runs" / "named" / "plans" / "1.yaml")
+    assert run(place, "--target-flops", "0.5", "--candidates", "2", "--seed", "3", "--calib", "9", "--name", "drawn", "--noplots") == 0
+    plan = str(place / "runs" / "drawn" / "plans" / "1.yaml")
     refused(place, capfd, ["--plan", plan, "--seed", "3"], "1.yaml: was scored with --calib 9: repeat these")
-    assert run(place, "--plan", plan, "--seed", "3", "--calib", "9", "--name", "again", "--noplots") == 0
-    assert same(*(load_model(str(place / "runs" / name / "pruned.pt")) for name in ("named", "again")))
+    assert run(place, "--plan", plan, "--seed", "3", "--calib", "9", "--name", "redrawn", "--noplots") == 0
+    assert same(*(load_model(str(place / "runs" / name / "pruned.pt")) for name in ("drawn", "redrawn")))
 
 
 def test_the_report_counts_what_stayed(place: Path) -> None:
