@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -67,13 +68,15 @@ def _count_attention(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], 
 
 _COUNTERS = {nn.BatchNorm2d: count_normalization, nn.LayerNorm: count_normalization, nn.MultiheadAttention: _count_attention,
              nn.Softmax: zero_ops,  # a layer in some attentions, within PyTorch's product in others
-             **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), zero_ops)}  # `_Products` counts what they call
+             **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear), zero_ops)}  # `_Products` counts what they call
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _MATRIX_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
 class _Products(TorchFunctionMode):
     """Multiply-accumulates of convolutions, with their biases, of linear layers, and of products of tensors: whether a layer asks for them or a
-    block of another's computes with a layer's weights, or with none. nn.MultiheadAttention's don't show."""
+    block of another's computes with a layer's weights, or with none. Not counted: einsum with an ellipsis or of more than two, and what runs below
+    Python, as in nn.MultiheadAttention."""
 
     macs = 0
 
@@ -85,7 +88,7 @@ class _Products(TorchFunctionMode):
             """The first ones, by place or by name."""
             return [*args[: len(names)], *(kwargs.get(name) for name in names[len(args) :])]
 
-        if func is torch.conv2d:
+        if func in _CONVOLUTIONS:
             weight, bias = operands("input", "weight", "bias")[1:]
             self.macs += result.numel() * (weight[0].numel() + (bias is not None))
         elif func is torch.conv_transpose2d:
@@ -93,10 +96,22 @@ class _Products(TorchFunctionMode):
             self.macs += x.numel() * weight[0].numel() + result.numel() * (bias is not None)
         elif func is nn.functional.linear or func in _MATRIX_PRODUCTS:
             self.macs += result.numel() * operands("input")[0].shape[-1]
+        elif func in (torch.addmm, torch.baddbmm):
+            self.macs += result.numel() * (args[1].shape[-1] + 1)
+        elif func is torch.einsum:
+            self.macs += _einsum_macs(*args)
         elif func is nn.functional.scaled_dot_product_attention:
             queries, keys = operands("query", "key")
             self.macs += (queries.numel() + result.numel()) * keys.shape[-2]
         return result
+
+
+def _einsum_macs(equation: str, *operands: Tensor) -> int:
+    """Of two operands, in letters: every combination of indices is one product. Others go through other functions, or are none."""
+    if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
+        return 0
+    letters = equation.replace(" ", "").partition("->")[0].split(",")
+    return math.prod({letter: side for word, x in zip(letters, operands, strict=True) for letter, side in zip(word, x.shape, strict=True)}.values())
 
 
 def measure_cost(model: DetectionModel, imgsz: int, device: torch.device, dtype: torch.dtype) -> Cost:

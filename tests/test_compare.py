@@ -112,6 +112,7 @@ def test_the_command_of_a_training(tmp_path: Path) -> None:
     run.last.parent.mkdir(parents=True)
     run.last.touch()
     assert command(run, CompareConfig(data="bccd.yaml", device="cpu")) == ["--resume", str(run.last), "--device", "cpu", "--workers", "8"]
+    assert command(run, CompareConfig(data="bccd.yaml", plugin="p.py"))[-2:] == ["--plugin", "p.py"], "a checkpoint's own is not run"
 
 
 def test_no_training_outlives_its_comparison(tmp_path: Path, monkeypatch) -> None:

@@ -27,7 +27,8 @@ from utils.plots.formats import draw_formats
 def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: bf16)
     for name in ("best.pt", "last.pt", "best.onnx", "best_int8.onnx", "best2.onnx", "last.onnx", "best.mismatch.onnx", "best_int8.failed.onnx",
-                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx", "net_int8.pt"):  # fmt: skip
+                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx", "net_int8.pt", "net_int8.onnx",
+                 "net_int8_int8.onnx"):  # fmt: skip
         (tmp_path / name).touch()
     for name in ("best_openvino_model", "best_int8_openvino_model", "best.mismatch_openvino_model"):
         (tmp_path / name).mkdir()
@@ -35,7 +36,8 @@ def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     both = ("fp32", "bf16") if bf16 else ("fp32",)
     assert found == [*(("best.pt", p) for p in both), ("best.onnx", "fp32"), ("best_int8.onnx", "int8"), ("best_int8_openvino_model", "int8"),
                      *(("best_openvino_model", p) for p in both)]
-    assert [row.precision for row in find_formats(tmp_path / "net_int8.pt")] == [*both], "a checkpoint computes in float, whatever its name"
+    named_so = [row.precision for row in find_formats(tmp_path / "net_int8.pt")]
+    assert named_so == [*both, "fp32", "int8"], "a checkpoint computes in float, whatever its name"
 
 
 def test_table_by_hand(tmp_path: Path):
@@ -82,6 +84,7 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
         assert float(rows[name]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3), "all on squares, as these are"
     assert float(rows["best.onnx"]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3)
     assert {rows[name]["precision"] for name in others.values()} == {"fp32", *(["fp16"] if "openvino" in others else [])}
+    assert rows["best.onnx"]["imgsz"] == "64" and rows["best.onnx"]["machine"] and rows["best.onnx"]["threads"] == "1"
     assert "ONNX Runtime" in rows["best.onnx"]["runtime"] and cv2.imread(str(tmp_path / "out" / "exp" / "formats.png")).size
     printed = capsys.readouterr()
     assert f"{3 + len(others)} exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err

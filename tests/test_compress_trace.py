@@ -94,15 +94,17 @@ def test_what_needs_every_channel_keeps_it(mix):
 
 @pytest.mark.parametrize("follow", [
     *(lambda n, x, act=act: act()(x) for act in KNOWN_ACTIVATIONS.values() if act is not nn.PReLU),
-    lambda n, x: x * nn.functional.relu6(x + 3) / 6, lambda n, x: x / x.sigmoid(), lambda n, x: x.to(n.scale), lambda n, x: x.clamp(max=n.one),
-], ids=[*(name for name in KNOWN_ACTIVATIONS if name != "PReLU"), "hard swish by hand", "quotient", "to", "one bound"])  # fmt: skip
+    lambda n, x: x * nn.functional.relu6(x + 3) / 6, lambda n, x: x / x.sigmoid(), lambda n, x: 1 / (1 - x), lambda n, x: x.to(n.scale),
+    lambda n, x: x.clamp(max=n.one),
+], ids=[*(name for name in KNOWN_ACTIVATIONS if name != "PReLU"), "hard swish by hand", "quotient", "of a number", "to", "one bound"])  # fmt: skip
 def test_what_each_channel_does_alone_keeps_none(follow):
     net = Net(lambda n, x: n.b(follow(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
     net.scale, net.one = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(1))
     assert groups_of(net) == {"a.weight": (4, ("a.weight",))} and not graph_of(net).kept_whole
 
 
-@pytest.mark.parametrize("mix", [lambda n, x: x * n.scale.to(x), lambda n, x: n.scale.to(x) * x, lambda n, x: x.clamp(max=n.scale.float())])
+@pytest.mark.parametrize("mix", [lambda n, x: x * n.scale.to(x), lambda n, x: n.scale.to(x) * x, lambda n, x: x * n.scale.type_as(x),
+                                 lambda n, x: x.clamp(max=n.scale.float())])
 def test_a_scale_that_is_brought_to_its_inputs_type_is_still_one(mix):
     net = Net(lambda n, x: n.b(mix(n, n.a(x))), a=conv(3, 4), b=conv(4, 2))
     net.scale = nn.Parameter(torch.ones(4, 1, 1, dtype=torch.float64))

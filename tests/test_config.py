@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig, for_next
+from utils.config import CompareConfig, DetectConfig, ExportConfig, PruneConfig, QuantizeConfig, TrainConfig, ValConfig, for_next, quoted
 from utils.data.loader import worker_count
 from utils.errors import UserError
 from utils.files import ROOT
@@ -34,6 +37,13 @@ YOLOV5 = {
     "classes agnostic-nms augment project name exist-ok line-thickness hide-labels hide-conf half vid-stride",
     ExportConfig: "weights data include imgsz img img-size batch-size device half dynamic opset",
 }  # fmt: skip
+
+
+def test_paths_in_commands_that_are_recommended(monkeypatch):
+    assert shlex.split(f"{quoted('my run/best.pt')} {quoted(Path('a.pt'))}") == ["my run/best.pt", "a.pt"]
+    assert for_next(ExportConfig(plugin="my blocks.py")) == " --plugin 'my blocks.py'"
+    monkeypatch.setattr("utils.config.os", SimpleNamespace(name="nt"))
+    assert quoted(r"runs\exp\best.pt") == r"runs\exp\best.pt" and quoted(r"my runs\best.pt") == r'"my runs\best.pt"'
 
 
 def of(cls: type, *argv: str):

@@ -105,6 +105,12 @@ def test_coco_jsons_that_each_count_from_one(coco):
         image(coco / "pics" / "other" / f"{n}.png", 40 + n, 30)
     split = load(coco, YAML.replace("ann/train.json", "[ann/train.json, ann/more.json]"))
     assert len(set(split.image_ids)) == len(split.images) == 24
+    content = json.loads((coco / "ann" / "more.json").read_text())
+    for entry, key in ((entry, key) for part, key in (("images", "id"), ("annotations", "image_id")) for entry in content[part]):
+        entry[key] = f"b{entry[key]}"
+    (coco / "ann" / "more.json").write_text(json.dumps(content))
+    mixed = load(coco, YAML.replace("ann/train.json", "[ann/train.json, ann/more.json]")).image_ids
+    assert len({*map(type, mixed)}) == 1 and len(set(mixed)) == 24, "numbers and texts can't be put in one order"
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from utils.errors import UserError, error_lines, first_line, foreign_errors, script, short_reason
+from utils.extras import import_extra
 
 
 @pytest.mark.parametrize(("error", "lines", "first", "reason"), [
@@ -35,6 +36,15 @@ def test_a_missing_module(name, line, capsys):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     assert main([]) == 2 and capsys.readouterr().err == f"error: needs {line}\n"
+
+
+def test_an_optional_package_whose_library_is_missing(monkeypatch):
+    def broken(package):
+        raise ImportError("libgomp.so.1: cannot open shared object file", name=package)
+
+    monkeypatch.setattr("utils.extras.importlib.import_module", broken)
+    with pytest.raises(UserError, match=r"^openvino: is installed and can't be loaded: libgomp\.so\.1: cannot open"):
+        import_extra("openvino")
 
 
 def test_a_loader_that_is_killed(capsys):

@@ -61,7 +61,9 @@ def test_a_package_and_what_it_finds(precision: str, tiny, tmp_path: Path, capfd
     assert path.name == "a.mlpackage" and is_exported(path) and find_exported(path) == path and [p.name for p in tmp_path.iterdir()] == [path.name]
     files = [file for file in path.rglob("*") if file.is_file()]
     assert size_bytes(path) == sum(file.stat().st_size for file in files) > 0
-    assert all(entry.stat().st_mode & 0o044 == 0o044 for entry in (path, *path.rglob("*")))
+    (tmp_path / "plain").mkdir()
+    mode = (tmp_path / "plain").stat().st_mode & 0o777  # as the user's umask has it
+    assert all(entry.stat().st_mode & 0o777 == (mode if entry.is_dir() else mode & 0o666) for entry in (path, *path.rglob("*")))
 
     network = open_network(path)
     assert network.metadata == job_of(tiny, (64, 64), precision).metadata and network.fixed == network.imgsz == (64, 64)

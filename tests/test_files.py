@@ -244,7 +244,7 @@ def test_leftovers_go_and_nothing_else(tmp_path):
 def test_run_folders_are_numbered(tmp_path):
     assert [new_run_dir(tmp_path, "exp").name for _ in range(3)] == ["exp", "exp2", "exp3"]
     assert new_run_dir(tmp_path, "exp", exist_ok=True).name == "exp"
-    assert new_run_dir(str(tmp_path / "a" / "b"), "c/d") == tmp_path / "a" / "b" / "c" / "d"
+    assert [new_run_dir(str(tmp_path / "a" / "b"), "c/d") for _ in range(2)] == [tmp_path / "a" / "b" / "c" / name for name in ("d", "d2")]
     (tmp_path / "file").write_text("")
     assert new_run_dir(tmp_path, "file").name == "file2"
     with pytest.raises(FileExistsError):
@@ -284,6 +284,8 @@ def test_is_writable(tmp_path):
     (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), ["out of memory"]),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), ["out of memory", "--workers"]),
     (OSError(errno.EMFILE, "Too many open files"), ["too many processes", "ulimit"]), (RuntimeError("can't start new thread"), ["--workers"]),
+    (RuntimeError("Too many open files. Communication with the workers is no longer possible."), ["too many processes", "--workers"]),
+    (ImportError("dlopen(a.dylib): Library not loaded: b.dylib", name="onnxruntime"), ["onnxruntime can't be loaded", "that library"]),
     (ImportError("libGL.so.1: cannot open shared object file", name="cv2"), ["cv2 can't be loaded: libGL.so.1", "opencv-python-headless"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
@@ -298,7 +300,7 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, error, words):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), OSError(errno.EIO, "I/O error"), AssertionError(),
-                                   ImportError("cannot import name 'a' from 'models.b'")])
+                                   ImportError("cannot import name 'a' from 'models.b' (/home/jane.sommer/models/b.py)")])
 def test_our_own_mistakes_keep_their_traceback(error):
     @script
     def main(argv=None):

@@ -324,7 +324,9 @@ class Products(nn.Module):
         x = nn.functional.conv2d(x, torch.ones(6, 2, 3, 3), padding=1, groups=2)
         q = x.flatten(2)  # (1, 6, 64)
         q = nn.functional.linear(input=q, weight=torch.ones(5, 64), bias=None)
-        return nn.functional.scaled_dot_product_attention(query=q, key=q, value=q)
+        q = nn.functional.scaled_dot_product_attention(query=q, key=q, value=q)
+        return torch.einsum("b i k, b j k -> b i j", q, q), torch.addmm(torch.ones(6, 2), q[0], torch.ones(5, 2)), nn.functional.conv1d(
+            q, torch.ones(3, 6, 1), torch.ones(3))
 
 
 class Derived(nn.ConvTranspose2d):
@@ -333,7 +335,7 @@ class Derived(nn.ConvTranspose2d):
 
 def test_products_count_whoever_asks_for_them():
     model = Products()
-    macs = 3 * 16 * 4 * 4 + 4 * 64 + 6 * 64 * 2 * 9 + 6 * 5 * 64 + 2 * 6 * 6 * 5
+    macs = 3 * 16 * 4 * 4 + 4 * 64 + 6 * 64 * 2 * 9 + 6 * 5 * 64 + 2 * 6 * 6 * 5 + 6 * 6 * 5 + 6 * 2 * (5 + 1) + 3 * 5 * (6 + 1)
     assert count_macs(model, torch.zeros(1, 3, 4, 4)) == macs
     model.up = Derived(3, 4, 2, 2)
     assert count_macs(model, torch.zeros(1, 3, 4, 4)) == macs

@@ -428,13 +428,19 @@ def test_a_plan_names_the_images_that_its_norms_saw(place: Path, capfd: pytest.C
     assert same(*(load_model(str(place / "runs" / name / "pruned.pt")) for name in ("drawn", "redrawn")))
 
 
-def test_the_report_counts_what_stayed(place: Path) -> None:
-    assert run(place, "--method", "l1", "--ratio", "0.5", "--name", "counted", "--noplots", data=False) == 0
-    folder = place / "runs" / "counted"
+def test_the_report_counts_what_stayed(tmp_path: Path) -> None:
+    """Where a plan would leave a layer without a channel, one more stays than it says."""
+    whole = lived_in(DetectionModel(load_spec("yolov5s-shuffle.yaml", 2), NAMES))
+    save(tmp_path / "whole.pt", whole)
+    flags = ["--method", "l1", "--ratio", "0.99", "--min-ratio", "0", "--round-to", "1", "--noplots"]
+    assert run(tmp_path, *flags, weights="whole.pt", data=False) == 0
+    folder = tmp_path / "runs" / "exp"
+    before, after = whole.state_dict(), load_model(str(folder / "pruned.pt")).state_dict()
     with open(folder / "widths.csv", newline="") as file:
-        rows = {row["layer"]: int(row["channels after"]) for row in csv.DictReader(file)}
-    weights = load_model(str(folder / "pruned.pt")).state_dict()
-    assert rows.items() >= {f"{n}.conv": len(weights[f"model.{n}.conv.weight"]) for n in range(5)}.items()
+        told = {f"model.{row['layer']}.weight": row for row in csv.DictReader(file) if not row["kept"]}
+    own = {key: row for key, row in told.items() if len(before[key]) == int(row["channels before"])}  # each of its channels is one of the group's
+    assert {int(row["channels after"]) for row in own.values()} == {1, 2}
+    assert {key: len(after[key]) for key in own} == {key: int(row["channels after"]) for key, row in own.items()}
 
 
 def test_weights_are_not_overwritten(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import train
 from utils.checkpoint import load_checkpoint
 from utils.config import TrainConfig
 from utils.data.loader import EpochBatches
-from utils.device import compute_dtype, select_device
+from utils.device import compute_dtype, full_float32, precision_name, select_device
 from utils.distributed import World, join_world
 from utils.errors import UserError
 from utils.files import ROOT
@@ -109,6 +109,9 @@ def test_automatic_precision_of_a_gpu(name: str, capability: tuple[int, int], ex
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert compute_dtype("auto", torch.device("cuda", 0)) == expected
     assert compute_dtype("fp16", torch.device("cuda", 0)) == torch.float16
+    assert precision_name(torch.device("cuda", 0), torch.float32) == ("fp32 (TF32 convolutions)" if capability >= (8, 0) else "fp32")
+    with full_float32():
+        assert precision_name(torch.device("cuda", 0), torch.float32) == "fp32"
 
 
 def test_a_run_goes_on_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

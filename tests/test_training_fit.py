@@ -251,7 +251,11 @@ def test_resume_refuses_other_files(whole: Path, tmp_path: Path, capfd: pytest.C
         save_checkpoint(tmp_path / "other.pt", dataclasses.replace(checkpoint, training=checkpoint.training | change))
         assert "another version" in refused(tmp_path / "other.pt")
     config = checkpoint.training["config"]
-    for name, value in (("epochs", "5"), ("imgsz", 0), ("optimizer", "Lion"), ("freeze", (0, -1)), ("rect", 1)):
+    for value in ([], 5, None):
+        save_checkpoint(tmp_path / "other.pt", dataclasses.replace(checkpoint, training=checkpoint.training | {"config": value}))
+        assert "another version" in refused(tmp_path / "other.pt")
+    for name, value in (("epochs", "5"), ("imgsz", 0), ("optimizer", "Lion"), ("freeze", (0, -1)), ("freeze", ()), ("freeze", (1.5,)), ("rect", 1),
+                        ("teacher", (5,)), ("epochs", torch.ones(2)), ("plugin", torch.ones(2)), ("epochs", 100.0)):
         save_checkpoint(tmp_path / "other.pt", dataclasses.replace(checkpoint, training=checkpoint.training | {"config": config | {name: value}}))
         assert f"other.pt: its --{name} " in refused(tmp_path / "other.pt")
 

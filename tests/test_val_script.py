@@ -225,6 +225,8 @@ def test_tasks(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str])
         counts[task] = next(line.split()[1] for line in out.splitlines() if line.split()[:1] == ["all"])
         assert re.search(r"speed: .* ms inference, .* ms NMS an image at 64 px, batch 3", out)
     assert counts == {"train": "6", "val": "4", "test": "4", "speed": "4"}
+    run(flags, "--task", "speed", "--save-json", name="speed")
+    assert "--task speed writes nothing" in capfd.readouterr().err
 
 
 def test_save_txt_and_conf(flags: list[str], place: Path) -> None:

@@ -1,7 +1,9 @@
 """The settings of each script."""
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -67,7 +69,7 @@ class DataOptions(DataRoot):
 
 def quoted(path: str | Path) -> str:
     """As a command line has it."""
-    return shlex.quote(str(path))
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def for_next(options: TrainConfig | PruneConfig | ExportConfig | QuantizeConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ USER_ERROR = 2
 _DISK_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EISDIR,
                 errno.ENAMETOOLONG}
 _REQUIRED = {"torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm", "matplotlib", "pycocotools", "thop", "distutils"}  # as they are imported
+_NO_LIBRARY = re.compile(r"\.so[.\d]*: |DLL load failed|Library not loaded")
 _LIMITS = {errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 _TOO_MANY = "too many processes, threads or open files for this machine's limits: lower --workers, or raise them (ulimit -u, ulimit -n)"
 _SHORT_OF_MEMORY = "out of memory: lower --imgsz, or --batch-size and --workers where they are"
@@ -89,7 +91,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
             line = (f"needs {error.name}: pip install -r requirements.txt" if error.name in _REQUIRED else
                     f"needs the Python module {error.name}: install the package that has it")
         except ImportError as error:  # of a package that is there: a library of the system's is not
-            if ".so" not in str(error) and "DLL" not in str(error):
+            if not _NO_LIBRARY.search(str(error)):
                 raise
             mend = "pip install opencv-python-headless in place of opencv-python" if error.name == "cv2" else "install that library of the system's"
             line = f"{error.name or 'a package'} can't be loaded: {short_reason(error)}: {mend}"
@@ -106,7 +108,7 @@ def script(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[st
             if str(error).startswith("DataLoader worker"):
                 line = (f"a process that loads images has ended ({short_reason(error, 100)}): if memory was short, lower --batch-size or --workers, "
                         "give --cache none, or (in Docker) more shared memory: --shm-size 8g")
-            elif "can't start new thread" in str(error):
+            elif any(words in str(error).lower() for words in ("can't start new thread", "too many open files")):
                 line = _TOO_MANY
             elif not _is_out_of_memory(error):
                 raise

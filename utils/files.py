@@ -240,5 +240,5 @@ def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:
             if exist_ok:
                 raise
             n += 1
-            path = base.with_name(f"{name}{n}")
+            path = base.with_name(f"{base.name}{n}")
 

@@ -103,11 +103,15 @@ def check_stored(cls: type, settings: Mapping[str, Any], place: str) -> None:
         UserError: one is of another type or out of its range; the line begins with `place`.
     """
     for f in dataclasses.fields(cls):
-        if f.name not in settings or (value := settings[f.name]) == f.default:
+        if f.name not in settings:
             continue
-        flag, kind = f"{place}: its --{f.name.replace('_', '-')}", int if f.default is None else type(f.default)
-        choices = f.metadata["argparse"].get("choices")
-        if type(value) not in ((int, float) if kind is float else (kind,)) or (choices and value not in choices):
+        value, flag = settings[f.name], f"{place}: its --{f.name.replace('_', '-')}"
+        kind = int if f.default is None else type(f.default)
+        choices, of_each = f.metadata["argparse"].get("choices"), f.metadata["argparse"].get("type")
+        fits = type(value) in ((int, float) if kind is float else (kind,)) and (kind is not tuple or all(type(item) is of_each for item in value))
+        if (value is None and f.default is None) or (fits and value == f.default):
+            continue
+        if not fits or value == () or (choices and value not in choices):
             raise UserError(f"{flag} {value!r}: is nothing that the flag takes: is the file damaged?")
         check_value(f, value, flag)
 

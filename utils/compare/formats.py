@@ -103,11 +103,11 @@ def find_formats(weights: Path) -> list[FormatRow]:
 
     named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and owner(path) == weights.stem)
     whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".unchecked", ".failed"))]
-    return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path)]
+    return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path, weights.stem)]
 
 
-def _precisions(path: Path) -> tuple[str, ...]:
-    int8 = "_int8" in path.name and path.suffix != ".pt"
+def _precisions(path: Path, stem: str) -> tuple[str, ...]:
+    int8 = "_int8" in path.name.removeprefix(stem)  # the checkpoint's own name may say so too
     chooses = path.suffix == ".pt" or (path.name.endswith(OPENVINO_SUFFIX) and not int8)
     return ("fp32", "bf16") if chooses and cpu_has_native_bf16() else ("int8",) if int8 else ("fp32",)
 
@@ -158,7 +158,9 @@ class FormatComparison:
 
     def _is_fixed(self, row: FormatRow) -> bool:
         with _Noted(row):
-            return self._open(row).fixed is not None
+            weights = self._open(row)
+            weights.square_size(self.imgsz)  # a file that can't be scored decides nothing
+            return weights.fixed is not None
         return False
 
     def _score(self, row: FormatRow, split: Split, squares: bool) -> None:
@@ -222,7 +224,7 @@ class FormatComparison:
         if timings and timings.remark:
             warn(timings.remark)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(self.folder / "formats.csv", _COLUMNS, map(_cells, self.rows))
+        write_csv(self.folder / "formats.csv", _COLUMNS, ((*_cells(row), self.imgsz, cpu_name(), cpu_threads()) for row in self.rows))
         if not self.config.noplots:
             bars = {"mAP50-95": [row.map for row in self.rows], "latency, ms": [row.latency and row.latency.p50_ms for row in self.rows],
                     "start-up, s": [row.start_s for row in self.rows], "size, MiB": [row.mib for row in self.rows]}
@@ -275,7 +277,7 @@ def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-_COLUMNS = ("file", "precision", "MiB", "mAP50", "mAP50-95", "latency_ms", "spread", "start_s", "runtime", "problem")
+_COLUMNS = ("file", "precision", "MiB", "mAP50", "mAP50-95", "latency_ms", "spread", "start_s", "runtime", "problem", "imgsz", "machine", "threads")
 
 
 def _cells(row: FormatRow) -> tuple[str, ...]:

@@ -279,7 +279,8 @@ class Pruning:
     def _drawn_by(self) -> dict[str, int]:
         """What decides which images the batch norms see."""
         config = self.config
-        return {"seed": config.seed, "calib": config.calib, "held-out": config.held_out, "imgsz": self.slices.imgsz}
+        held_out = {"held-out": config.held_out} if config.method == "eagleeye" else {}  # the others leave none of them out
+        return {"seed": config.seed, "calib": config.calib, **held_out, "imgsz": self.slices.imgsz}
 
     def _check_plan(self, plan: Any, path: Path) -> None:
         groups = {group.name: len(group.channels) for group in self.graph.groups}

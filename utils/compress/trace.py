@@ -25,11 +25,11 @@ _ONE_BY_ONE = {
     "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "leaky_relu", "leaky_relu_",
     "gelu", "mish", "elu", "elu_", "celu", "celu_", "selu", "selu_", "softplus",
     "relu6", "hardtanh", "hardtanh_", "tanh", "tanh_", "clamp", "clamp_", "dropout", "dropout2d", "contiguous",
-    "clone", "to", "float", "detach",
+    "clone", "to", "type_as", "float", "detach",
 }  # fmt: skip
 _IN_EACH_CHANNEL = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad"}
-_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_",
-          "__truediv__", "__rtruediv__", "__itruediv__", "prelu"}
+_JOINS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__", "mul", "mul_", "__mul__", "__rmul__", "__imul__",
+          "div", "div_", "__truediv__", "__rdiv__", "__itruediv__", "prelu"}
 _MOVES = {"cat", "concat", "stack", "permute", "transpose", "swapaxes", "movedim", "flatten", "unsqueeze", "squeeze"}
 _MOVES_BY_NUMBERS = {"view", "reshape", "unflatten", "__getitem__", "chunk", "split", "expand", "unbind", "index_select"}
 
@@ -123,7 +123,7 @@ class _Tracer(TorchFunctionMode):
 
     def _one_by_one(self, call: Call) -> None:
         x, *others = tensors_of((call.args, call.kwargs))
-        if call.name == "to":
+        if call.name in ("to", "type_as"):
             others = []  # what it is to be like
         if id(x) not in self.numbered and not others:
             return  # such as a learned scale: it has nothing of the image

@@ -158,7 +158,8 @@ def _read_coco(jsons: Sequence[Path], folder: Path | None, names: tuple[str, ...
     raw.place = lambda row: places[order[row]]
     raw.frames = np.array(frames, np.float64).reshape(-1, 2)
     raw.unlabelled = len(raw.images) - len(set(owner))
-    if len({*raw.image_ids}) < len(raw.image_ids):  # several JSONs that each count from 1
+    # Several JSONs that each count from 1, or of which one has numbers and one has text, which no one can sort.
+    if len({*raw.image_ids}) < len(raw.image_ids) or len({*map(type, raw.image_ids)}) > 1:
         raw.image_ids = None
     return raw
 

@@ -159,9 +159,10 @@ def to_coreml(network: nn.Module, images: Tensor, folder: Path, texts: Mapping[s
                                       outputs=[coremltools.TensorType(OUTPUT)], compute_precision=coremltools.precision.FLOAT32,
                                       skip_model_load=True)
         package.user_defined_metadata.update(texts)
+        mode = folder.stat().st_mode
         package.save(str(folder))
     for path in (folder, *folder.rglob("*")):  # it makes some for their owner alone
-        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 @torch.no_grad()

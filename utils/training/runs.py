@@ -106,13 +106,15 @@ def resumed_run(given: dict[str, Any]) -> Run:
             raise UserError(f"--resume goes on with the run's own settings: leave out {flag}, or start anew with --weights {last}")
     checkpoint = load_checkpoint(last)
     state = TrainState.from_dict(checkpoint.training, str(last))
+    if not isinstance(state.config, dict):
+        raise UserError(f"{last}: its settings are of another version: start anew with --weights {last}")
     # A checkpoint may come from anywhere: neither a program that it names is run, nor an address opened, unless the command line says so.
+    check_stored(TrainConfig, state.config, str(last))
     if state.config.get("plugin") and "plugin" not in given:
         raise UserError(f"{last}: its run used --plugin {state.config['plugin']}, a program: name it again, if you trust it")
     if "plugin" in given:
         given["plugin"] = os.path.abspath(given["plugin"])
     try:
-        check_stored(TrainConfig, state.config, str(last))
         config = TrainConfig(**state.config | {"download": False} | given | {"resume": str(last)})
     except TypeError as error:
         raise UserError(f"{last}: its settings are of another version: {error}: start anew with --weights {last}") from None
