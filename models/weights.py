@@ -15,8 +15,10 @@ from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
 from utils.errors import UserError
 from utils.evaluate.tta import Augmented
-from utils.export.backends import ExportedNetwork, is_exported, needs_torch
-from utils.export.weights import OpenNetwork, check_cpu, open_exported
+from utils.export.backends import ExportedNetwork, is_exported
+from utils.export.tensorrt import ENGINE_SUFFIX
+from utils.export.torchscript import TORCHSCRIPT_SUFFIX
+from utils.export.weights import OpenNetwork, check_device, open_exported
 from utils.network import TorchRunner
 from utils.runner import Runner
 
@@ -65,8 +67,8 @@ class OpenWeights(OpenNetwork):
 
     @property
     def runner(self) -> Runner:
-        alone = isinstance(self.network, ExportedNetwork) and not needs_torch(self.network.path)
-        return self.network if alone else TorchRunner(self.network, self.device, self.dtype)
+        by_torch = not isinstance(self.network, ExportedNetwork) or self.network.path.suffix == TORCHSCRIPT_SUFFIX
+        return TorchRunner(self.network, self.device, self.dtype) if by_torch else self.network
 
     def augmented(self) -> OpenWeights:
         return dataclasses.replace(self, network=Augmented(self.network))
@@ -85,7 +87,7 @@ class OpenWeights(OpenNetwork):
             UserError: no such device, or not one for an exported file.
         """
         if isinstance(self.network, ExportedNetwork):
-            check_cpu(device, self.path)
+            check_device(device, self.path)
             return self
         chosen = select_device(device)
         if chosen == self.device:
@@ -108,6 +110,7 @@ def open_weights(
         UserError: no such file, not a whole one, or not for this device.
     """
     if is_exported(weights):
+        device = str(select_device(device)) if Path(weights).suffix == ENGINE_SUFFIX else device
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)
     chosen = select_device(device)

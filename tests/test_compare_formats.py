@@ -27,7 +27,7 @@ from utils.plots.formats import draw_formats
 def test_the_files_of_a_checkpoint(bf16: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: bf16)
     for name in ("best.pt", "last.pt", "best.onnx", "best_int8.onnx", "best2.onnx", "last.onnx", "best.mismatch.onnx", "best_int8.failed.onnx",
-                 "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx", "net_int8.pt", "net_int8.onnx",
+                 "best.engine", "best.txt", "best_small.pt", "best_small.onnx", "best_small_int8.onnx", "net_int8.pt", "net_int8.onnx",
                  "net_int8_int8.onnx"):  # fmt: skip
         (tmp_path / name).touch()
     for name in ("best_openvino_model", "best_int8_openvino_model", "best.mismatch_openvino_model"):

@@ -362,7 +362,7 @@ def test_what_is_not_installed(tiny, tmp_path: Path, monkeypatch):
 
 
 def test_a_full_disk_is_the_users_line(tiny, tmp_path: Path, monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(production, "open_network", full)

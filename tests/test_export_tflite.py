@@ -16,7 +16,7 @@ from exporting import assert_cut_off_is_told, assert_exports, job_of
 import val
 from models.detector import Detector
 from utils.errors import UserError
-from utils.export import backends, tflite
+from utils.export import backends, trailer
 from utils.export.backends import find_exported, is_exported, open_network
 from utils.export.check import check_images
 from utils.export.formats import FORMATS
@@ -86,7 +86,7 @@ def test_a_graph_that_is_damaged(start: int, stop: int, by: bytes, file: Path, c
 @pytest.mark.parametrize(("text", "words"), [("{}", f"its metadata {KEY} can't be read"), ("[", "can't be read"), ("", "can't be read"),
                                              ("x" * 2**21, r"holds no light_yolo\.json")])
 def test_metadata_that_is_damaged(text: str, words: str, file: Path, monkeypatch):
-    monkeypatch.setattr(tflite, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(trailer, "_MOST_BYTES", 2**20)
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(file, "a") as archive:
         archive.writestr("light_yolo.json", text)
     with pytest.raises(UserError, match=words):

@@ -16,6 +16,7 @@ from utils.export.coreml import MLPACKAGE_SUFFIX, CoremlSession
 from utils.export.metadata import FOREIGN_KEYS, KEY, foreign_facts, metadata_from_props, tells_final_boxes
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
+from utils.export.tensorrt import ENGINE_SUFFIX, EngineSession
 from utils.export.tflite import TFLITE_SUFFIX, TfliteSession
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
 from utils.files import ROOT, find_file, read_yaml
@@ -28,7 +29,8 @@ _NO_NAMES = ("its metadata tells no class names (key light_yolo, or YOLOv5's nam
 
 
 class ExportedNetwork:
-    """A `Runner` (utils/runner.py) and a `Network` (utils/network.py) on the CPU; several threads may share it. Its output is decoded already.
+    """A `Runner` (utils/runner.py) and a `Network` (utils/network.py) that takes and gives arrays and tensors on the CPU; several threads may
+    share it. Its output is decoded already.
 
     Attributes:
         at_once: callers that it serves side by side.
@@ -141,14 +143,15 @@ def spread(final: np.ndarray, classes: int) -> np.ndarray:
 
 
 def open_network(
-    path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, at_once: int | None = None
+    path: str | Path, *, bf16: bool = False, names: Callable[[], Sequence[str]] | None = None, at_once: int | None = None, device: str = ""
 ) -> ExportedNetwork:
-    """The network of an exported file or folder (`find_exported`) in its own runtime on the CPU.
+    """The network of an exported file or folder (`find_exported`) in its own runtime: on the CPU, of an engine on a CUDA device.
 
     Args:
         bf16: compute in bf16 where the runtime can (OpenVINO); ONNX Runtime and TorchScript compute in what the file holds.
         names: gives the classes of a file that tells none.
         at_once: callers that will run images side by side; `images_at_once` where None.
+        device: of an engine, as PyTorch names it; "": its current CUDA device.
 
     Raises:
         UserError: no such file, its runtime is not installed, or it is no whole detector.
@@ -164,6 +167,8 @@ def open_network(
         return ExportedNetwork(found, TfliteSession(found, threads, at_once), names, at_once)
     if found.suffix == MLPACKAGE_SUFFIX:
         return ExportedNetwork(found, CoremlSession(found), names)
+    if found.suffix == ENGINE_SUFFIX:
+        return ExportedNetwork(found, EngineSession(found, device), names)
     if found.name.endswith(NCNN_GRAPH):
         return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
@@ -184,17 +189,17 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    suffixes = ".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX, MLPACKAGE_SUFFIX, OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH
+    suffixes = ".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX, MLPACKAGE_SUFFIX, ENGINE_SUFFIX, OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH
     return path.name.endswith(suffixes)
 
 
 def needs_torch(path: str | Path) -> bool:
-    """By its name alone: whether PyTorch itself runs an exported file, in threads that it must be told of."""
-    return Path(path).suffix == TORCHSCRIPT_SUFFIX
+    """By its name alone: whether an exported file can't be run without PyTorch, which runs it or has the memory of its device."""
+    return Path(path).suffix in (TORCHSCRIPT_SUFFIX, ENGINE_SUFFIX)
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx, .torchscript, .tflite, .xml or .ncnn.param file, or the .mlpackage folder; of another folder the .xml or .ncnn.param in it.
+    """The .onnx, .torchscript, .tflite, .engine, .xml or .ncnn.param file, or the .mlpackage folder; of another folder the .xml or .ncnn.param in it.
 
     Raises:
         UserError: there is none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,10 +16,13 @@ from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
 from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
-from utils.export.tflite import TFLITE_SUFFIX, stamp_tflite
+from utils.export.tensorrt import ENGINE_SUFFIX, build_engine
+from utils.export.tflite import TFLITE_SUFFIX
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX
+from utils.export.trailer import append_trailer
 from utils.extras import import_extra, pip_install
 from utils.files import did_you_mean
+from utils.log import info
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Format:
         """
         if self.write is None:
             return f"not written here: {self.elsewhere}"
-        more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and self.name == "onnx"}
+        more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and "onnx" in self.packages}
         command = pip_install(dict.fromkeys((*self.packages, *(package for package, needed in more.items() if needed))))
         return command and f"{command}{self.advice}"
 
@@ -89,6 +93,17 @@ def write_onnx(job: ExportJob, path: Path) -> None:
         onnx = import_extra("onnx")
         onnx.save(import_extra("onnxslim").slim(onnx.load(str(path))), str(path))
     stamp_onnx(path, job.metadata)
+
+
+def write_engine(job: ExportJob, path: Path) -> None:
+    if job.metadata.dynamic:
+        raise UserError("a TensorRT engine holds one image size and batch")
+    with TemporaryDirectory() as folder:
+        onnx_path = Path(folder) / "network.onnx"
+        write_onnx(job, onnx_path)
+        info("engine: TensorRT times its kernels on this GPU, which takes minutes")
+        build_engine(onnx_path, path)
+    append_trailer(path, job.metadata)
 
 
 def write_openvino(job: ExportJob, folder: Path) -> None:
@@ -116,7 +131,7 @@ def write_tflite(job: ExportJob, path: Path) -> None:
     if job.metadata.dynamic:
         raise UserError("a TFLite graph holds one image size")
     to_tflite(InferenceGraph(job.network), job.example(), path, half=job.half)
-    stamp_tflite(path, job.metadata)
+    append_trailer(path, job.metadata)
 
 
 def write_coreml(job: ExportJob, folder: Path) -> None:
@@ -136,12 +151,14 @@ FORMATS = {
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
         Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml,
                elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
+        Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine if torch.cuda.is_available() else None,
+               elsewhere="" if torch.cuda.is_available() else "TensorRT builds on the NVIDIA GPU that it is for: repeat the command there, or "
+               "export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine"),
     )
 }
 
 
 _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here, and the way there from a file that proved itself
-    "engine": "TensorRT builds on the NVIDIA GPU that it is for: export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine",
     **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
     "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",
     "executorch": "its exporter wants an environment with a PyTorch of its own; on phones tflite and ncnn run",

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,11 +61,11 @@ def _write_and_check(
 ) -> Agreement | None:
     """None where the format's files run on other machines only."""
     try:
-        with foreign_errors("this network can't be converted"):
+        with foreign_errors("this network can't be converted"), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kind.write(job, path)
         if kind.elsewhere:
             return None
-        exported = open_network(path)
+        exported = open_network(path, device=str(device) if device.type == "cuda" else "")
         batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
         with full_float32():
             if job.metadata.nms:

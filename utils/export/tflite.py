@@ -1,33 +1,21 @@
-"""TFLite files: a graph for phones and boards with its metadata as an archive behind it; run by LiteRT's Python package."""
+"""TFLite files: a graph for phones and boards, its metadata behind it where TensorFlow's specification has it; run by LiteRT's Python package."""
 from __future__ import annotations
 
 import threading
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.errors import UserError, short_reason
-from utils.export.metadata import KEY
+from utils.export.trailer import METADATA, read_trailer
 from utils.extras import import_extra
 from utils.log import no_output
 
 if TYPE_CHECKING:
-    from utils.export.metadata import ExportMetadata
     from utils.export.sessions import Shape
 
 TFLITE_SUFFIX = ".tflite"
-_METADATA, _LABELS = f"{KEY}.json", "labels.txt"
-_MOST_BYTES = 16 << 20  # of metadata
-
-
-def stamp_tflite(path: Path, metadata: ExportMetadata) -> None:
-    """Append metadata to a TFLite file as a zip archive, where TensorFlow's specification of metadata has associated files; and the class
-    names, a line each, as its example programs read them."""
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(_METADATA, metadata.to_props()[KEY])
-        archive.writestr(_LABELS, "".join(f"{' '.join(name.split())}\n" for name in metadata.names))
 
 
 class TfliteSession:
@@ -63,16 +51,11 @@ class TfliteSession:
 
 
 def _props(path: Path) -> dict[str, str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(_METADATA)
-            if entry.file_size <= _MOST_BYTES:
-                return {KEY: archive.read(entry).decode()}
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, ValueError, OSError):
-        pass
-    # Names alone, from --data, would not do: YOLOv5's own TFLite files give boxes in shares of the image, others in pixels.
-    raise UserError(f"{path}: holds no {_METADATA} of export.py: it is cut off, or of another program, whose boxes' units it does not tell: "
-                    "export it from its checkpoint")
+    trailer = read_trailer(path)
+    if trailer is None:  # names alone, from --data, would not do: YOLOv5's own TFLite files give boxes in shares of the image, others in pixels
+        raise UserError(f"{path}: holds no {METADATA} of export.py: it is cut off, or of another program, whose boxes' units it does not tell: "
+                        "export it from its checkpoint")
+    return trailer.props
 
 
 def _shape(images: list[dict[str, Any]]) -> Shape | None:

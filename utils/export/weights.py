@@ -15,6 +15,7 @@ from utils.data.spec import load_data_spec
 from utils.errors import UserError
 from utils.export.backends import is_exported, open_network
 from utils.export.metadata import GraphNms
+from utils.export.tensorrt import ENGINE_SUFFIX
 from utils.files import ROOT, find_file
 from utils.log import warn
 from utils.nms import NmsOptions
@@ -106,7 +107,7 @@ def open_exported(
     """The network of an exported file in its own runtime.
 
     Args:
-        device, precision: as on the command line.
+        device, precision: as on the command line; of an engine the device as PyTorch names it.
         data: the data YAML that names the classes of a file that tells none.
         at_once: callers that will run images side by side, for which the runtime divides its threads; `images_at_once` where None.
 
@@ -117,14 +118,14 @@ def open_exported(
         find_file(weights, [ROOT], "weights file")
         raise UserError(f"{weights}: is no exported file, and a checkpoint needs PyTorch ({_NEEDS_TORCH}); export.py makes files of it that run "
                         "without")
-    check_cpu(device, weights)
+    check_device(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
-    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once)
+    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once, device=device)
     return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description,
                        network.nms)
 
 
-def check_cpu(device: str, weights: str) -> None:
-    """Raises UserError where an exported file is asked to run elsewhere."""
-    if device.strip().lower() not in ("", "cpu"):
+def check_device(device: str, weights: str) -> None:
+    """Raises UserError where an exported file is asked to run on another kind of device than it can."""
+    if device.strip().lower() not in ("", "cpu") and Path(weights).suffix != ENGINE_SUFFIX:
         raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
