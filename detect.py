@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = weights.augmented()
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     weights.tell_limits(options)
+    weights.tell_waste()
     imgsz = weights.image_size(config.imgsz)
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 

@@ -7,7 +7,8 @@
 The files are sought beside the checkpoint; what is missing is left out. Every row is a process of its own, in which each stage also runs alone, all
 processors to itself, on some frames of the video (`inference` from pixels to boxes, several images at once as in the pipeline): the slowest of them
 is what a pipeline could reach at best. `cores` are those busy on average: a pipeline that keeps all of them busy is capped by the sum of its stages'
-work, not by one of them. `folder` is the rate of a folder of images, labels written, as a share of inference alone on them. `convolution` is a fixed
+work, not by one of them. `work` is that sum, processor time of all stages alone over the processors, and `of_cap` the pipeline's time over the larger
+of the two caps. `folder` is the rate of a folder of images, labels written, as a share of inference alone on them. `convolution` is a fixed
 workload, as it ran in that process. Cold starts end the table: one image, from the command to its exit.
 """
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from benchmarks.interleaved import print_table, report, run_in_turn
 from models.weights import open_weights
 from models.yolo import load_model
-from utils.cpu import keep_freed_memory
+from utils.cpu import cpu_threads, keep_freed_memory
 from utils.data.augment import letterbox
 from utils.data.sources import Source, open_source
 from utils.deploy.pipeline import detect
@@ -48,7 +49,8 @@ from utils.nms import NmsOptions, non_max_suppression
 _CPU = torch.device("cpu")
 _STRIDE = 32
 _ALONE = 60  # frames held in memory, 6 MB each at 1080p, for the stages that run alone
-_KEYS = ("decode", "inference", "draw", "encode", "slowest", "of_slowest", "cores", "folder", "convolution", "memory_GB", "boxes", "ms")
+_KEYS = ("decode", "inference", "draw", "encode", "slowest", "of_slowest", "cores", "work", "of_cap", "folder", "convolution", "memory_GB", "boxes",
+         "ms")  # fmt: skip
 
 
 class Mode(NamedTuple):
@@ -90,15 +92,22 @@ def frames_of(args: argparse.Namespace) -> Source:
     return Source(lambda *_: (frame for frame in islice(source, args.frames))) if args.frames else source
 
 
-def ms_each(work: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
+class Cost(NamedTuple):
+    """Milliseconds each: by the wall, and of all processors together."""
+
+    wall: float
+    cpu: float
+
+
+def cost_each(work: Callable[[], object], count: int) -> Cost:
+    start, cpu = time.perf_counter(), time.process_time()
     work()
-    return (time.perf_counter() - start) / count * 1e3
+    return Cost((time.perf_counter() - start) / count * 1e3, (time.process_time() - cpu) / count * 1e3)
 
 
 def convolution_ms() -> float:
     run = reference_convolution()
-    return statistics.median(ms_each(run, 1) for _ in range(20))
+    return statistics.median(cost_each(run, 1).wall for _ in range(20))
 
 
 # --- the plain loop ------------------------------------------------------------------------------------------------------------------------
@@ -151,10 +160,13 @@ def whole(args: argparse.Namespace, mode: Mode, out: Path) -> None:
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     memory = peak_memory_bytes(_CPU)  # before what follows holds its frames
     alone = stages_alone(args, predictor, first_frames(args, _ALONE), out)
-    pipeline_ms, slowest = wall / tally.images * 1e3, max(alone.values())
+    pipeline_ms, slowest = wall / tally.images * 1e3, max(cost.wall for cost in alone.values())
+    work = sum(cost.cpu for cost in alone.values()) / cpu_threads()
     folder = {"folder": folder_share(args, predictor, out)} if args.images else {}
-    report(ms=pipeline_ms, slowest=slowest, of_slowest=pipeline_ms / slowest, cores=cpu / wall, boxes=tally.boxes, convolution=convolution_ms(),
-           memory_GB=memory / 2**30, machine=weights.description, **alone, **folder)
+    report(ms=pipeline_ms, slowest=slowest, of_slowest=pipeline_ms / slowest, cores=cpu / wall, work=work,
+           of_cap=pipeline_ms / max(slowest, work), boxes=tally.boxes, convolution=convolution_ms(),
+           memory_GB=memory / 2**30, machine=weights.description,
+           **{stage: cost.wall for stage, cost in alone.items()}, **folder)
 
 
 def first_frames(args: argparse.Namespace, count: int) -> list[np.ndarray]:
@@ -167,8 +179,8 @@ def infer_all(predictor: Predictor, images: Iterable[np.ndarray]) -> list[Result
         return list(pool.map(predictor, images))
 
 
-def stages_alone(args: argparse.Namespace, predictor: Predictor, held: Sequence[np.ndarray], out: Path) -> dict[str, float]:
-    """Milliseconds a frame."""
+def stages_alone(args: argparse.Namespace, predictor: Predictor, held: Sequence[np.ndarray], out: Path) -> dict[str, Cost]:
+    """Of a frame."""
     count, (height, width) = len(held), held[0].shape[:2]
 
     def decode() -> None:
@@ -181,16 +193,16 @@ def stages_alone(args: argparse.Namespace, predictor: Predictor, held: Sequence[
             for image in held:
                 video.write(image)
 
-    alone = {"decode": ms_each(decode, count), "inference": ms_each(lambda: infer_all(predictor, held), count)}
+    alone = {"decode": cost_each(decode, count), "inference": cost_each(lambda: infer_all(predictor, held), count)}
     results = infer_all(predictor, held)
-    return alone | {"draw": ms_each(lambda: [result.plot() for result in results], count), "encode": ms_each(encode, count)}
+    return alone | {"draw": cost_each(lambda: [result.plot() for result in results], count), "encode": cost_each(encode, count)}
 
 
 def folder_share(args: argparse.Namespace, predictor: Predictor, out: Path) -> float:
     """A folder's images a second, labels written, as a share of inference alone on the same images."""
     with open_source(args.images) as source:
         images = [frame.image for frame in source]
-    alone = ms_each(lambda: infer_all(predictor, images), len(images))
+    alone = cost_each(lambda: infer_all(predictor, images), len(images)).wall
     tally = detect(open_source(args.images), predictor, ResultWriter(lambda: out, Outputs(images=False, txt=True)))
     return alone / (tally.seconds / tally.images * 1e3)
 

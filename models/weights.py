@@ -123,5 +123,5 @@ def ready(model: DetectionModel, path: str, imgsz: tuple[int, int] | None, devic
     """A network that is built already, fused and laid out for inference; `path` is what to call it."""
     with torch.random.fork_rng(devices=()):  # some of timm's draw new weights before they merge the old ones into them
         network = model.fused().to(device, memory_format=torch.channels_last)
-    return OpenWeights(path, network, model.names, model.max_stride, model.pad_stride, imgsz, fixed=None, description=describe(device, dtype),
-                       nms=None, device=device, dtype=dtype)
+    return OpenWeights(path, network, model.names, model.max_stride, model.pad_stride, imgsz, fixed=None, batch=None,
+                       description=describe(device, dtype), nms=None, device=device, dtype=dtype)

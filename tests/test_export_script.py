@@ -116,7 +116,7 @@ def test_static_files_get_squares(place: Path, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_boxes_are_the_checkpoints(kind: str, place: Path):
+def test_boxes_are_the_checkpoints(kind: str, place: Path, capfd):
     """In images of three shapes, so that a dynamic file is given three sizes."""
     expected = lines(place, place / "alone" / "tiny.pt", f"pt-{kind}")
     assert len(expected) == 4 and sum(map(len, expected.values())) > 20
@@ -124,7 +124,9 @@ def test_boxes_are_the_checkpoints(kind: str, place: Path):
     assert set(dynamic) == set(expected)
     for name, rows in dynamic.items():
         np.testing.assert_allclose(rows, expected[name], atol=2e-5)
+    capfd.readouterr()
     static = lines(place, place / "static" / FILES[kind], f"static-{kind}")
+    assert capfd.readouterr().err.count(f"{FILES[kind]}: takes 3 images at once, so that each one alone costs as much: export it without") == 1
     np.testing.assert_allclose(static["00.txt"], expected["00.txt"], atol=2e-5)  # a square image is padded alike
     assert set(static) == set(expected)
 

@@ -35,6 +35,7 @@ class OpenNetwork:
         pad_stride: images are padded to multiples of it; None: to the whole of `fixed`.
         imgsz: (height, width) that it was made for, where it says so.
         fixed: (height, width) where it takes no other images.
+        batch: number of images where it takes no other.
         description: device or runtime, threads and precision.
         nms: of a file that suppresses boxes itself.
     """
@@ -46,6 +47,7 @@ class OpenNetwork:
     pad_stride: int | None
     imgsz: tuple[int, int] | None
     fixed: tuple[int, int] | None
+    batch: int | None
     description: str
     nms: GraphNms | None
 
@@ -82,6 +84,11 @@ class OpenNetwork:
         across = options.agnostic and len(self.names) > 1
         if self.nms and (limits := self.nms.falls_short(dataclasses.replace(options, agnostic=across))):
             _warn_once(f"{self.path}: {limits}")
+
+    def tell_waste(self) -> None:
+        """One line for those who give it one image at a time, where it computes a whole batch for each."""
+        if self.batch and self.batch > 1:
+            _warn_once(f"{self.path}: takes {self.batch} images at once, so that each one alone costs as much: export it without --batch-size")
 
     def square_size(self, asked: int | None) -> int:
         """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
@@ -121,8 +128,8 @@ def open_exported(
     check_device(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once, device=device)
-    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.description,
-                       network.nms)
+    return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.batch,
+                       network.description, network.nms)
 
 
 def check_device(device: str, weights: str) -> None:
