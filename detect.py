@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = weights.augmented()
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     weights.tell_limits(options)
-    weights.tell_waste()
     imgsz = weights.image_size(config.imgsz)
+    weights.tell_waste()
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)

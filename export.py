@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in formats:
         try:
             path = produce(job, kind, weights.with_suffix(""), images, reference, device)
-            info(f"    python detect.py --weights {quoted(path)} --source …")
+            where = f" --device {device.index}" if kind.needs_gpu and device.index else ""
+            info(f"    python detect.py --weights {quoted(path)}{where} --source …")
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)

@@ -106,8 +106,8 @@ class Detector:
         """`__call__` on images that are pixels already, with settings that are checked."""
         weights = self.weights
         weights.tell_limits(options)
-        weights.tell_waste()
         predictor = Predictor(weights.runner, weights.names, weights.pad_stride, weights.image_size(_sides(imgsz)), options)
+        weights.tell_waste()
         return [dataclasses.replace(predictor(image), path=path) for path, image in pictures]
 
 

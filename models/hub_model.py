@@ -83,7 +83,7 @@ class HubModel:
         """Move to another device, in place.
 
         Raises:
-            UserError: there is no such device, or the weights are an exported file, which stays on the CPU.
+            UserError: there is no such device, or the weights are an exported file, which stays where it is.
         """
         self._weights = self._weights.moved(str(device))
         return self

@@ -88,6 +88,8 @@ class OpenWeights(OpenNetwork):
         """
         if isinstance(self.network, ExportedNetwork):
             check_device(device, self.path)
+            if self.network.device != "cpu" and str(select_device(device)) != self.network.device:
+                raise UserError(f"--device {device}: {Path(self.path).name} is open on {self.network.device}: open it anew")
             return self
         chosen = select_device(device)
         if chosen == self.device:
@@ -110,7 +112,8 @@ def open_weights(
         UserError: no such file, not a whole one, or not for this device.
     """
     if is_exported(weights):
-        device = str(select_device(device)) if Path(weights).suffix == ENGINE_SUFFIX else device
+        if Path(weights).suffix == ENGINE_SUFFIX and torch.cuda.is_available():
+            device = str(select_device(device))
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)
     chosen = select_device(device)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import lively
+from transplant import sow
 
 import export
 from models.spec import load_spec
@@ -23,7 +24,7 @@ def job_of(network: DetectionModel, imgsz: tuple[int, int] = (64, 96), precision
 
 def assert_exports(cfg: str, folder: Path, kind: str) -> None:
     """export.py's own proof holds, and so does a comparison with the same network, lively."""
-    torch.manual_seed(0)
+    sow(cfg)
     model = DetectionModel(load_spec(cfg, nc=3))
     own = lively(model)
     for conv, better in zip(model.head.m, own.head.m, strict=True):

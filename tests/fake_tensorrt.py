@@ -16,7 +16,7 @@ import pytest
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 __version__ = "11.4.0"
 _MAGIC = b"plan"
-NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})  # as in 10; in 11 all networks are
 BuilderFlag, TensorIOMode = Enum("BuilderFlag", "TF32"), Enum("TensorIOMode", "NONE INPUT OUTPUT")
 flags: list[Any] = []  # that a build had, for tests to read
 
@@ -26,12 +26,25 @@ class ILogger:
 
 
 def nptype(kind: str) -> type:
-    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[kind]
+    mapping = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if kind not in mapping:  # bf16
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return mapping[kind]
 
 
-class Builder:
+class Started:
+    """What fails in its constructor where there is no driver for this TensorRT: a line for the logger, and pybind11's error."""
+
+    driver = True
+
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
+        if not Started.driver:
+            logger.log(ILogger.WARNING, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+class Builder(Started):
 
     def create_network(self, flags: int = 0) -> SimpleNamespace:
         assert flags == 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -68,10 +81,7 @@ class OnnxParser:
         return self._errors[index]
 
 
-class Runtime:
-    def __init__(self, logger: ILogger) -> None:
-        self._logger = logger
-
+class Runtime(Started):
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         """Nothing but a whole plan, as in TensorRT: its header tells its size."""
         magic, size, model = serialized_engine[:4], int.from_bytes(serialized_engine[4:12], "little"), serialized_engine[12:]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import data_yaml, lively, tiny_model
+from transplant import sow
 
 import detect
 import export
@@ -216,16 +217,13 @@ def test_simplified_and_suppressed(place: Path, tmp_path: Path, capfd):
 YAMLS = sorted(str(path) for path in (Path(__file__).resolve().parents[1] / "models").glob("**/*.yaml"))
 
 
-_SEEDS = {"yolov5s-timm-efficientnetv2-s": 1}  # others saturate its gates, where PyTorch's own float32 is pixels away from its float64
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", YAMLS, ids=lambda path: Path(path).stem)
 def test_every_yaml(cfg: str, tmp_path: Path):
     """Static files of both formats, and what of them can be dynamic, find the network's own boxes on images."""
     if "timm" in cfg:
         pytest.importorskip("timm")
-    torch.manual_seed(_SEEDS.get(Path(cfg).stem, 0))
+    sow(cfg)
     model = DetectionModel(load_spec(cfg, nc=3))
     side = max(64, model.max_stride)
     own = lively(model)

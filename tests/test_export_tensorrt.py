@@ -1,7 +1,6 @@
 """TensorRT engines. `fake_tensorrt.py` stands in for TensorRT and host memory for a GPU's; the tests marked gpu take the real ones."""
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from tiny import data_yaml, lively_checkpoint
 
 import detect
 import export
+import hubconf
 import val
 from models.detector import Detector
 from utils.errors import UserError
@@ -34,14 +34,15 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device")
 
 @pytest.fixture
 def acted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU and TensorRT."""
+    """Two GPUs and TensorRT."""
+    cuda = SimpleNamespace(is_available=lambda: True, current_device=lambda: 0, device=lambda place: nullcontext(),
+                           stream=lambda stream: nullcontext(), Stream=lambda: SimpleNamespace(cuda_stream=7),
+                           get_device_name=lambda place: "NVIDIA Some GPU")
+    acting = SimpleNamespace(cuda=cuda, device=lambda name: CPU, from_numpy=torch.from_numpy, empty=torch.empty)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
-    monkeypatch.setattr(tensorrt, "_cuda", lambda path, torch, device: CPU)
-    monkeypatch.setattr("models.weights.select_device", lambda device: CPU)
-    for name, act in {"device": lambda device: nullcontext(), "stream": lambda stream: nullcontext(),
-                      "Stream": lambda: SimpleNamespace(cuda_stream=7), "get_device_name": lambda device: "NVIDIA Some GPU"}.items():
-        monkeypatch.setattr(torch.cuda, name, act)
-    monkeypatch.setitem(FORMATS, "engine", dataclasses.replace(FORMATS["engine"], write=formats.write_engine, elsewhere=""))
+    monkeypatch.setattr(tensorrt, "import_extra", lambda package: {"torch": acting, "tensorrt": fake_tensorrt}[package])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 def written(tiny, folder: Path, precision: str = "fp32") -> Path:
@@ -81,18 +82,45 @@ def test_it_takes_the_paths_of_a_checkpoint(tiny, tmp_path: Path, capfd):
     assert export.main(["--weights", str(checkpoint), "--include", "engine", "--imgsz", "64", "--simplify"]) == 0
     assert f"python detect.py --weights {file} --source" in capfd.readouterr().out
     image = check_images()[0][:192, :192]  # the checkpoint pads to no more than the engine then
-    for device in ("", "0"):  # of an engine it is the GPU's number
-        found = Detector(file, device=device)(image, conf=0.01)[0]
+    for device, precision in (("", "auto"), ("0", "fp16"), ("cuda:1", "bf16")):  # what an engine computes in it was built for
+        detector = Detector(file, device=device, precision=precision)
+        assert detector.weights.network.device == ("cuda:1" if "1" in device else "cuda:0")
+        found = detector(image, conf=0.01)[0]
         own = Detector(checkpoint, precision="fp32", device="cpu")(image, conf=0.01, imgsz=64)[0]
         assert len(found.xyxy) and found.names == tiny.names
         np.testing.assert_allclose(found.conf, own.conf, atol=1e-4)
         np.testing.assert_allclose(found.xyxy, own.xyxy, atol=1e-2)
     data = data_yaml(tmp_path)
-    flags = ["--weights", str(file), "--project", str(tmp_path / "runs"), "--device", "0"]
+    flags = ["--weights", str(file), "--project", str(tmp_path / "runs"), "--device", "0", "--half"]
     assert detect.main([*flags, "--source", str(data.parent / "images" / "val"), "--save-txt"]) == 0
     assert "TensorRT 11.4.0" in "".join(capfd.readouterr())
     assert val.main([*flags, "--data", str(data), "--noplots", "--workers", "0"]) == 0
     assert "mAP" in capfd.readouterr().out
+
+    hub = hubconf.custom(str(file), _verbose=False)
+    assert hub.to("cuda:0") is hub and hub.cuda() is hub
+    for device, words in {"cpu": "is open on cuda:0: open it anew", "cuda:1": "is open on cuda:0", "cuda:2": "there are 2 CUDA devices"}.items():
+        with pytest.raises(UserError, match=f"^--device {device.removeprefix('cuda:') if '2' in device else device}: .*{words}"):
+            hub.to(device)
+    assert detect.main(["--weights", str(file), "--source", str(data.parent / "images" / "val"), "--device", "cpu"]) == 2
+    assert re.search(r"tiny\.engine: an engine runs on the NVIDIA GPU .*: leave out --device cpu, or use another format\n$", capfd.readouterr().err)
+
+
+@pytest.mark.usefixtures("acted")
+@pytest.mark.parametrize("driver", [True, False])
+def test_tensorrt_that_cant_start(driver: bool, tiny, tmp_path: Path, monkeypatch):
+    """A driver that is too old tells the logger alone; a release that is too old lacks what is called."""
+    path = written(tiny, tmp_path / "right")
+    monkeypatch.setattr(fake_tensorrt.Started, "driver", driver)
+    if driver:
+        monkeypatch.setattr(fake_tensorrt, "__version__", "8.6.1")
+    words = "needs TensorRT 10 or newer, this one is 8.6.1: pip install -U tensorrt$" if driver else (
+        r"TensorRT can't start on this GPU: CUDA initialization failure with error: 35$")
+    with pytest.raises(UserError, match=words) as caught:
+        open_network(path)
+    assert "cut off" not in str(caught.value)
+    with pytest.raises(UserError, match=rf"^engine: .*{words}"):
+        written(tiny, tmp_path)
 
 
 @pytest.mark.usefixtures("acted")
@@ -151,6 +179,25 @@ def test_an_engine_of_trtexec_has_the_names_of_data(tiny, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("acted")
+@pytest.mark.parametrize("kind", ["no input", "no output", "bf16"])
+def test_an_engine_of_another_network(kind: str, tiny, tmp_path: Path, monkeypatch):
+    path = written(tiny, tmp_path)
+    told = {"no input": ("get_tensor_mode", fake_tensorrt.TensorIOMode.OUTPUT), "no output": ("get_tensor_mode", fake_tensorrt.TensorIOMode.INPUT),
+            "bf16": ("get_tensor_dtype", "tensor(bfloat16)")}[kind]
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, told[0], lambda self, name: told[1])
+    with pytest.raises(UserError, match=r"a\.engine: is no detector: it has no one input and outputs in fp32 or fp16$"):
+        open_network(path)
+
+
+@pytest.mark.usefixtures("acted")
+def test_an_engine_without_memory(tiny, tmp_path: Path, monkeypatch):
+    path = written(tiny, tmp_path)
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, "create_execution_context", lambda self: None)
+    with pytest.raises(UserError, match=r"a\.engine: TensorRT can't run it, perhaps for lack of memory on the GPU: it does not say why$"):
+        open_network(path)
+
+
+@pytest.mark.usefixtures("acted")
 def test_one_size_only(tiny, tmp_path: Path):
     with pytest.raises(UserError, match=r"^engine: a TensorRT engine holds one image size and batch; without --dynamic it may go$"):
         produce(job_of(tiny, dynamic=True), FORMATS["engine"], tmp_path / "a", [], tiny, CPU)
@@ -162,12 +209,12 @@ def test_without_a_gpu(tmp_path: Path, capfd):
     checkpoint = lively_checkpoint(tmp_path)
     assert export.main(["--weights", str(checkpoint), "--include", "engine", "torchscript", "--imgsz", "64"]) == 1
     said = capfd.readouterr()
-    assert re.fullmatch(r"error: engine: not written here: TensorRT builds on the NVIDIA GPU that it is for: .*trtexec .*\n", said.err), said.err
+    assert re.fullmatch(r"error: engine: not written here: it is built on the NVIDIA GPU that it is for: .*trtexec .*\n", said.err), said.err
     assert "torchscript: " in said.out and not (tmp_path / "tiny.engine").exists()
     (tmp_path / "a.engine").write_bytes(b"plan")
     images = data_yaml(tmp_path).parent / "images" / "val"
-    elsewhere = r"\S*a\.engine: an engine runs on the NVIDIA GPU that it was built for: take the checkpoint here, or another format"
-    for device, words in {"": elsewhere, "cpu": elsewhere, "0": "--device 0: PyTorch .* sees no CUDA device here: use --device cpu"}.items():
+    words = r"\S*a\.engine: an engine runs on the NVIDIA GPU that it was built for: take the checkpoint here, or another format"
+    for device in ("", "cpu", "0"):
         assert detect.main(["--weights", str(tmp_path / "a.engine"), "--source", str(images), "--device", device]) == 2
         assert re.fullmatch(rf"error: {words}\n", capfd.readouterr().err)
 

@@ -34,7 +34,7 @@ _ELSEWHERE = {  # flags of the YOLO family that are not here, and what takes the
     "--update": "leave it out: checkpoints are data, with nothing in them to strip",
     "--visualize": "feature maps are not drawn; compare.py --layers shows what each row costs",
     "--optimize": "leave it out: torchscript files are traced from the fused network",
-    "--workspace": "leave it out: it is TensorRT's, which --include engine says how to reach",
+    "--workspace": "leave it out: TensorRT takes the memory that it needs",
     "--keras": "leave it out: --include tflite writes TFLite files without TensorFlow",
     "--inplace": "leave it out: graphs written here change nothing in place",
     "--agnostic-nms": "boxes are suppressed within their class here; detect.py --agnostic-nms suppresses across classes",

@@ -42,9 +42,11 @@ class ExportedNetwork:
         imgsz: (height, width) that it was made for, where it says so.
         nms: where the file suppresses boxes itself, else None.
         description: runtime, version, precision and threads.
+        device: that computes, as PyTorch names it.
     """
 
-    def __init__(self, path: Path, session: Session, names: Callable[[], Sequence[str]] | None = None, at_once: int = 1) -> None:
+    def __init__(self, path: Path, session: Session, names: Callable[[], Sequence[str]] | None = None, at_once: int = 1,
+                 device: str = "cpu") -> None:
         """
         Args:
             names: asked where the file itself tells none.
@@ -52,7 +54,7 @@ class ExportedNetwork:
         Raises:
             UserError: it is no such detector, or its metadata is damaged.
         """
-        self.path, self._session, self.at_once = path, session, at_once
+        self.path, self._session, self.at_once, self.device = path, session, at_once, device
         batch, height, width = _image_shape(path, session.inputs)
         self.batch = batch
         self.fixed = (height, width) if height and width else None
@@ -168,7 +170,8 @@ def open_network(
     if found.suffix == MLPACKAGE_SUFFIX:
         return ExportedNetwork(found, CoremlSession(found), names)
     if found.suffix == ENGINE_SUFFIX:
-        return ExportedNetwork(found, EngineSession(found, device), names)
+        session = EngineSession(found, device)
+        return ExportedNetwork(found, session, names, device=session.device)
     if found.name.endswith(NCNN_GRAPH):
         return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)

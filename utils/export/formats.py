@@ -59,6 +59,7 @@ class Format:
     write: makes the file, or the files in a folder that is there; None where it isn't written here.
     suppresses: can hold non-maximum suppression in its graph.
     advice: how to install its packages.
+    needs_gpu: to write and to run it.
     elsewhere: why it is not written here, or can't run and so not prove itself, and the way there.
     """
 
@@ -69,6 +70,7 @@ class Format:
     write: Callable[[ExportJob, Path], None] | None
     suppresses: bool = False
     advice: str = ""
+    needs_gpu: bool = False
     elsewhere: str = ""
 
     def missing(self, job: ExportJob | None = None) -> str | None:
@@ -79,6 +81,9 @@ class Format:
         """
         if self.write is None:
             return f"not written here: {self.elsewhere}"
+        if self.needs_gpu and not torch.cuda.is_available():
+            return ("not written here: it is built on the NVIDIA GPU that it is for: repeat the command there, or export onnx, and there "
+                    "trtexec --onnx=best.onnx --saveEngine=best.engine")
         more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and "onnx" in self.packages}
         command = pip_install(dict.fromkeys((*self.packages, *(package for package, needed in more.items() if needed))))
         return command and f"{command}{self.advice}"
@@ -151,9 +156,8 @@ FORMATS = {
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
         Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml,
                elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
-        Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine if torch.cuda.is_available() else None,
-               elsewhere="" if torch.cuda.is_available() else "TensorRT builds on the NVIDIA GPU that it is for: repeat the command there, or "
-               "export onnx, and there trtexec --onnx=best.onnx --saveEngine=best.engine"),
+        Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine, needs_gpu=True,
+               advice=" (tensorrt-cu12 in tensorrt's place where the driver knows CUDA 12 at most)"),
     )
 }
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,19 @@ from utils.export.trailer import read_trailer
 from utils.extras import import_extra
 
 ENGINE_SUFFIX = ".engine"
-_MEND = "it is cut off, or built by another release of TensorRT or for another GPU: export it again here"
+_OLDEST = 10  # release: the first with networks whose types are those of the ONNX file
 
 
 def build_engine(onnx_path: Path, path: Path) -> None:
     """Compile an ONNX file for PyTorch's current CUDA device; what is fp16 in it is computed in fp16, and fp32 in fp32.
 
     Raises:
-        RuntimeError: TensorRT knows no way to compute what is in it, or lacks memory.
+        UserError: TensorRT is too old.
+        RuntimeError: it can't use the GPU, knows no way to compute what is in the file, or lacks memory.
     """
-    tensorrt = import_extra("tensorrt")
+    tensorrt = _tensorrt()
     log = _Log(tensorrt)
-    builder = tensorrt.Builder(log.sink)
+    builder = log.start(tensorrt.Builder)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, log.sink)
     if not parser.parse(onnx_path.read_bytes()):
@@ -42,45 +45,57 @@ class EngineSession:
     Args:
         device: as PyTorch names it; "": its current one.
 
+    Attributes:
+        device: where it is, with its number.
+
     Raises:
         UserError: no CUDA device, or the engine is not for it.
     """
 
     def __init__(self, path: Path, device: str = "") -> None:
         self._torch = torch = import_extra("torch")  # here alone: files of other formats go without it
-        self._device = _cuda(path, torch, device)
-        tensorrt = import_extra("tensorrt")
+        self.device = _cuda(path, torch, device)
+        tensorrt = _tensorrt()
         trailer = read_trailer(path)
         plan = path.read_bytes()[: trailer.start if trailer else None]  # TensorRT wants no byte more
-        self._log, self._lock = _Log(tensorrt), threading.Lock()
+        self._log, self._lock, self._place = _Log(tensorrt), threading.Lock(), torch.device(self.device)
         try:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self._place):
                 self._stream = torch.cuda.Stream()
-                self._runtime = tensorrt.Runtime(self._log.sink)  # its engines live as long as it does
+                self._runtime = self._log.start(tensorrt.Runtime)  # its engines live as long as it does
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
                 self._context = None if self._engine is None else self._engine.create_execution_context()
         except Exception as error:  # of a driver or a reader: of any kind
-            raise UserError(f"{path}: TensorRT can't load it, {_MEND}: {short_reason(error)}") from None
+            raise UserError(f"{path}: {short_reason(error)}") from None
+        if self._engine is None:
+            raise UserError(f"{path}: TensorRT can't load it, it is cut off, or built by another release of TensorRT or for another GPU: export it "
+                            f"again here: {self._log.last}")
         if self._context is None:
-            raise UserError(f"{path}: TensorRT can't load it, {_MEND}: {self._log.last}")
+            raise UserError(f"{path}: TensorRT can't run it, perhaps for lack of memory on the GPU: {self._log.last}")
+        try:
+            self._describe(tensorrt)
+        except Exception:  # TensorRT's own tables raise several kinds
+            raise UserError(f"{path}: is no detector: it has no one input and outputs in fp32 or fp16") from None
+        self.props = trailer.props if trailer else {}
+        self.description = f"TensorRT {tensorrt.__version__}, {torch.cuda.get_device_name(self._place)}"
+
+    def _describe(self, tensorrt: ModuleType) -> None:
         names = [self._engine.get_tensor_name(n) for n in range(self._engine.num_io_tensors)]
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT]
         types = {name: np.dtype(tensorrt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self._input, self._outputs = inputs[0], {name: types[name] for name in names if name not in inputs}
+        self._input = inputs[0]
+        self._outputs = {name: self._torch.from_numpy(np.empty(0, types[name])).dtype for name in names if name not in inputs}
         self.inputs = self._shape(self._input) if len(inputs) == 1 else None
         self.outputs = self._shape(next(iter(self._outputs)))
         self.dtype = types[self._input]
-        self.props = trailer.props if trailer else {}
-        self.description = f"TensorRT {tensorrt.__version__}, {torch.cuda.get_device_name(self._device)}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         torch, context = self._torch, self._context
-        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            given = torch.from_numpy(images).to(self._device)
+        with self._lock, torch.cuda.device(self._place), torch.cuda.stream(self._stream):
+            given = torch.from_numpy(images).to(self._place)
             if not context.set_input_shape(self._input, tuple(given.shape)):
                 raise RuntimeError(self._log.last)
-            taken = [torch.from_numpy(np.empty(tuple(context.get_tensor_shape(name)), dtype)).to(self._device)
-                     for name, dtype in self._outputs.items()]
+            taken = [torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self._place) for name, dtype in self._outputs.items()]
             for name, tensor in zip((self._input, *self._outputs), (given, *taken), strict=True):
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(self._stream.cuda_stream):
@@ -92,26 +107,45 @@ class EngineSession:
 
 
 class _Log:
-    """TensorRT's errors, which it tells a logger and nobody else."""
+    """What goes wrong in TensorRT, which it tells a logger and nobody else."""
 
-    def __init__(self, tensorrt: Any) -> None:
-        errors = self._errors = []
+    def __init__(self, tensorrt: ModuleType) -> None:
+        errors, warnings = self._errors, self._warnings = [], []
+        worst = tensorrt.ILogger.ERROR, tensorrt.ILogger.INTERNAL_ERROR
 
         class Sink(tensorrt.ILogger):
             def log(self, severity: Any, text: str) -> None:
-                if severity in (tensorrt.ILogger.ERROR, tensorrt.ILogger.INTERNAL_ERROR):
+                if severity in worst:
                     errors.append(text)
+                elif severity == tensorrt.ILogger.WARNING:
+                    warnings.append(text)
 
         self.sink = Sink()
 
+    def start(self, kind: Callable[[Any], Any]) -> Any:
+        """A Builder or a Runtime, which fail with a TypeError of their bindings."""
+        try:
+            return kind(self.sink)
+        except Exception:
+            raise RuntimeError(f"TensorRT can't start on this GPU: {self.last}") from None
+
     @property
     def last(self) -> str:
-        return error_lines(RuntimeError(self._errors[-1]))[0] if self._errors else "it does not say why"
+        """Of the errors, or where there are none (a driver that is too old) of the warnings."""
+        texts = self._errors or self._warnings
+        return error_lines(RuntimeError(texts[-1]))[0] if texts else "it does not say why"
 
 
+def _tensorrt() -> ModuleType:
+    tensorrt = import_extra("tensorrt")
+    if int(tensorrt.__version__.partition(".")[0]) < _OLDEST:
+        raise UserError(f"needs TensorRT {_OLDEST} or newer, this one is {tensorrt.__version__}: pip install -U tensorrt")
+    return tensorrt
 
-def _cuda(path: Path, torch: Any, device: str) -> Any:
+
+def _cuda(path: Path, torch: ModuleType, device: str) -> str:
+    """The CUDA device of that name, with its number."""
     if device == "cpu" or not torch.cuda.is_available():
         raise UserError(f"{path}: an engine runs on the NVIDIA GPU that it was built for: " + (
             "leave out --device cpu, or use another format" if torch.cuda.is_available() else "take the checkpoint here, or another format"))
-    return torch.device(device or "cuda")
+    return device or f"cuda:{torch.cuda.current_device()}"

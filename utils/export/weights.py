@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import DEFAULT_IMGSZ
-from utils.cpu import PrecisionName, cpu_precision
+from utils.cpu import PrecisionName, check_precision, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
 from utils.export.backends import is_exported, open_network
@@ -127,7 +127,9 @@ def open_exported(
                         "without")
     check_device(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
-    network = open_network(weights, bf16=cpu_precision(precision) == "bf16", names=names, at_once=at_once, device=device)
+    check_precision(precision)
+    bf16 = Path(weights).suffix != ENGINE_SUFFIX and cpu_precision(precision) == "bf16"  # an engine computes in what it was built for
+    network = open_network(weights, bf16=bf16, names=names, at_once=at_once, device=device)
     return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.batch,
                        network.description, network.nms)
 
