@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = NmsOptions(config.conf_thres, config.iou_thres, agnostic=config.agnostic_nms, classes=config.classes, max_det=config.max_det)
     weights.tell_limits(options)
     imgsz = weights.image_size(config.imgsz)
-    weights.tell_waste()
     predictor = Predictor(weights.runner, weights.names, weights.pad_stride, imgsz, options)
 
     style = Style(config.line_thickness or None, not config.hide_labels, not config.hide_conf)
     outputs = Outputs(not config.nosave, config.save_txt, config.save_conf, config.save_csv, config.save_crop, style, config.vid_stride)
     writer = ResultWriter(lambda: new_run_dir(config.project, config.name, config.exist_ok), outputs)
+    weights.tell_waste()
     tally = detect(source, predictor, writer, config.view_img)
     info(tally.table())
     load, inference, nms, write = (ms / tally.images for ms in (tally.load_ms, tally.inference_ms, tally.nms_ms, writer.busy_s * 1e3))
