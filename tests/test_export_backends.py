@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from utils.export.converters import to_onnx
 from utils.export.formats import FORMATS, ExportJob
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata, stamp_onnx
+from utils.files import ROOT
 from utils.network import TorchRunner, to_input
 
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
@@ -57,6 +60,32 @@ def test_threads_share_a_network(kind: str, files, tiny, monkeypatch):
         found = list(pool.map(lambda batch: network.decode(network(batch)), batches))
     for boxes, own in zip(found, expected, strict=True):
         torch.testing.assert_close(boxes, own, rtol=1e-4, atol=1e-4)
+
+
+_FIRST_NEED = """
+import sys, threading
+import openvino
+from utils.export.backends import open_network
+
+network, start = open_network(sys.argv[1], at_once=2), threading.Barrier(2)
+
+def first():
+    start.wait()
+    openvino.Type.f32.to_dtype()  # as each image does before anything else
+
+threads = [threading.Thread(target=first) for _ in range(2)]
+sys.setswitchinterval(1e-6)
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_openvinos_first_two_images_may_come_at_once(files):
+    """Its bindings to NumPy are made at the first need: two threads that need them first hang in seven of eight processes (2026.4)."""
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", _FIRST_NEED, str(files["openvino static"])], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
