@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import sys
+import threading
 import typing
 from collections import abc
 
@@ -22,6 +23,7 @@ dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 _PACKAGES = ("models", "utils")
+_laying_aside = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -30,8 +32,13 @@ def _own_packages() -> abc.Iterator[None]:
 
     A program in another folder may have packages of these names, imported before or to be imported later. They are laid aside meanwhile. Ours are
     kept afterwards under names that begin with this folder, for the next call; what was made of them works on, as nothing of ours is imported late.
-    A program that has imported ours itself keeps them under their plain names.
+    A program that has imported ours itself keeps them under their plain names. One thread at a time; others must not import theirs meanwhile.
     """
+    with _laying_aside:
+        yield from _laid_aside()
+
+
+def _laid_aside() -> abc.Iterator[None]:
     theirs = _loaded()
     if theirs and all(_is_ours(name, module) for name, module in theirs.items()):
         yield

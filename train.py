@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from utils.config import TrainConfig
 from utils.errors import UserError, script
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.training.memory import fit_batch
     from utils.training.optim import freeze_rows
     from utils.training.qat import QuantizationAware, to_fine_tune
-    from utils.training.runs import PREPARED, create_folder, new_run, resumed_run
+    from utils.training.runs import PREPARED, new_run, resumed_run, run_folder
     from utils.training.sparsity import Sparsity, build_sparsity
 
     run = resumed_run(given) if "resume" in given else new_run(given)
@@ -87,15 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = dataclasses.replace(config, batch_size=fit.batch_size)
         print_summary(model, config.imgsz, device, dtype)
         sparsity = build_sparsity(config, channel_graph(model), model) if config.slim or config.soft_prune else Sparsity()
-        folder = world.share(create_folder(run, config) if world.rank == 0 else None)
-        run = dataclasses.replace(run, config=config, folder=folder, checkpoint=None)  # its tensors are the model's and the state's now
-        with discarded_if_refused(folder, PREPARED):
-            training = Training(model, run, train_split, val_split, device, world, distillation, sparsity, fit.host_bytes)
-        if world.rank == 0 and not config.noplots and not run.state:
-            training.draw_data()
-        training.run()
-        if world.rank == 0:
-            training.report()
+        with run_folder(run, config) if world.rank == 0 else nullcontext() as own:
+            folder = world.share(own)
+            run = dataclasses.replace(run, config=config, folder=folder, checkpoint=None)  # its tensors are the model's and the state's now
+            with discarded_if_refused(folder, PREPARED):
+                training = Training(model, run, train_split, val_split, device, world, distillation, sparsity, fit.host_bytes)
+            if world.rank == 0 and not config.noplots and not run.state:
+                training.draw_data()
+            training.run()
+            if world.rank == 0:
+                training.report()
     return 0
 
 

@@ -9,6 +9,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -174,6 +175,42 @@ def test_what_was_removed_is_fetched_again_and_what_is_there_is_not(tmp_path, se
     (spec.root / ".x.zip.unpacked").unlink()  # as if it had been put there by hand
     options = DataOptions(data=str(spec.file), data_root=str(tmp_path / "sets"), download=True)
     assert open_splits(options, ("train",))[0].report.boxes == 1 and len(Server.ranges) == 2
+
+
+def test_what_is_missing_is_fetched_when_asked_for(tmp_path, server):
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    Server.files = {"/x.zip": zipped({"images/a.png": picture, "labels/a.txt": b"0 0.5 0.5 0.5 0.5"})}
+    spec = spec_for(tmp_path, f'url: "{server}/x.zip"')
+    options = DataOptions(data=str(spec.file), data_root=str(tmp_path / "sets"))
+    with pytest.raises(UserError, match=r"images is missing; .* \(or --download\)$"):
+        open_splits(options, ("train",))
+    assert not Server.ranges
+    assert open_splits(replace(options, download=True), ("train",))[0].report.boxes == 1 and len(Server.ranges) == 1
+
+
+def test_half_an_archive_is_not_taken_for_the_data_set(tmp_path, server, monkeypatch):
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    labels = {f"labels/{n}.txt": b"0 .5 .5 .5 .5" for n in range(4)}
+    Server.files = {"/x.zip": zipped({f"images/{n}.png": picture for n in range(4)} | labels)}
+    spec = spec_for(tmp_path, f'url: "{server}/x.zip"')
+    options = DataOptions(data=str(spec.file), data_root=str(tmp_path / "sets"), download=True)
+    copies, copy = [], shutil.copyfileobj
+
+    def interrupted(source, stream, size):
+        copies.append(stream.name)
+        if len(copies) == 5:  # the first is the fetching
+            raise KeyboardInterrupt
+        copy(source, stream, size)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("utils.data.download.shutil.copyfileobj", interrupted)
+        open_splits(options, ("train",))
+    assert (spec.root / "images").exists()
+    with pytest.raises(UserError, match=r"x\.zip was not unpacked to its end, or another process does so now; fetch it with: .*--download"):
+        open_splits(replace(options, download=False), ("train",))
+    split = open_splits(options, ("train",))[0]
+    assert (len(split.images), split.report.boxes, len(Server.ranges)) == (4, 4, 1) and not list(spec.root.glob(".*.unpacking"))
+    assert len(open_splits(replace(options, download=False), ("train",))[0].images) == 4
 
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):

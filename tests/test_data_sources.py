@@ -291,7 +291,7 @@ def test_a_camera_that_falls_silent_is_waited_for_once(monkeypatch):
     grab = fake.grab
     waited = []
     monkeypatch.setattr(fake, "grab", lambda: grab() or (waited.append(time.sleep(0.25)), False)[1])
-    assert len(list(sources._images(fake, 1))) == 3 and len(waited) == 1
+    assert len(list(sources._images(fake, 1, threading.Event()))) == 3 and len(waited) == 1
 
 
 def test_a_video_of_uneven_frames_is_whole(monkeypatch, tmp_path, capsys):
@@ -410,6 +410,18 @@ def test_a_dropped_stream_is_taken_up_again(quick, capsys):
     output = capsys.readouterr()
     assert "reconnecting in" in output.err and "reconnected" in output.out
     assert "secret" not in output.err + output.out + seen[0].path
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_source_ends_between_two_of_its_frames(live: bool, tmp_path, capsys):
+    with _Mjpeg(first=4000) as server:
+        source = open_source(server.url if live else str(_video(tmp_path / "v.mp4", count=3000)), vid_stride=2900)
+        with source:
+            next(source)
+            time.sleep(0.1)
+            start = time.monotonic()
+        assert time.monotonic() - start < 3 and not source._thread.is_alive()
+    assert capsys.readouterr().err == ""
 
 
 def test_retries_are_counted_anew_after_each_success(quick):

@@ -20,8 +20,10 @@ from utils.files import (
     atomic_write,
     did_you_mean,
     find_file,
+    has_writer,
     is_writable,
     new_run_dir,
+    only_writer,
     read_yaml,
     remove_leftovers,
     write_csv,
@@ -325,3 +327,24 @@ def test_a_closed_pipe_is_no_error():
     shell.stdout.readline()
     shell.stdout.close()
     assert shell.stderr.read() == b"" and shell.wait(timeout=60) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks there")
+def test_one_process_at_a_time_writes_in_a_folder(tmp_path: Path):
+    holds = ("import sys, time, pathlib, utils.files\nwith utils.files.only_writer(pathlib.Path(sys.argv[1])):\n"
+             "    print('mine', flush=True)\n    time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", holds, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n" and has_writer(tmp_path)
+        with pytest.raises(UserError, match="another process trains there now: wait for its end, or name another folder"), only_writer(tmp_path):
+            pass
+        other.kill()
+    assert not has_writer(tmp_path)
+    with only_writer(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)  # such as a loader's worker: it does not hold the folder on
+            os._exit(0)
+        assert has_writer(tmp_path)
+    assert not has_writer(tmp_path)
+    os.kill(child, 9)
+    os.waitpid(child, 0)

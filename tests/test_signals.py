@@ -36,7 +36,7 @@ def test_a_signal_after_openvino_does_not_kill():
 
 
 ASKED_TO_END = """
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 from utils.errors import script
 from utils.files import atomic_write
@@ -54,21 +54,23 @@ def main(argv=None):
         try:
             os.kill(worker, signal.SIGTERM)
             print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), int(sys.argv[1]))
             time.sleep(60)
         except KeyboardInterrupt:
             pass  # as detect.py ends a live source
     raise KeyboardInterrupt
 code = main()
-assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 raise SystemExit(code)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
-def test_an_end_that_is_asked_for_loses_nothing(tmp_path: Path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_end_that_is_asked_for_loses_nothing(name: str, tmp_path: Path):
     root = str(Path(__file__).parents[1])
-    run = subprocess.run([sys.executable, "-c", ASKED_TO_END], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
+    run = subprocess.run([sys.executable, "-c", ASKED_TO_END, str(int(getattr(signal, name)))], cwd=tmp_path,
+                         env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
                          start_new_session=True, timeout=120)
     assert run.returncode == 2 and run.stderr.startswith("error: interrupted"), run.stderr
     assert run.stdout == "143\n", "a worker has nothing to end well"

@@ -22,7 +22,7 @@ import train
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, only_writer
 from utils.threads import wait_politely
 
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
@@ -294,6 +294,19 @@ def test_resume_goes_on_where_last_pt_lies(flags: list[str], place: Path, capfd:
     assert len(rows(folder)) == 2
     shutil.copy(folder / "weights" / "last.pt", place / "copy.pt")
     assert "copy.pt: --resume goes on in the run's folder" in error_of(["--resume", str(place / "copy.pt"), "--epochs", "3"], capfd)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks there")
+def test_a_folder_in_which_another_process_trains(flags: list[str], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = run(flags, "--epochs", "1", name="held")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    with only_writer(folder):
+        for argv in (["--resume", str(folder / "weights" / "last.pt"), "--epochs", "2"], [*flags, "--epochs", "1", "--name", "held", "--exist-ok"]):
+            assert "held: another process trains there now: wait for its end, or name another folder" in error_of(argv, capfd)
+        told = error_of(["--resume", "--project", str(folder)], capfd)
+        assert "no weights/last.pt below" in told and "but where another process trains now; name one" in told
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+    assert train.main(["--resume", str(folder / "weights" / "last.pt"), "--epochs", "2"]) == 0
 
 
 def test_a_mistake_that_shows_late_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

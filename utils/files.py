@@ -8,13 +8,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FOLDERS = tuple(ROOT / "models" / folder for folder in ("", "hub", "timm"))
@@ -196,6 +201,64 @@ def size_bytes(path: Path) -> int:
 
 def _files_in(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Of all processes that ask so, one at a time has the folder; where the system can't tell, each has.
+
+    Raises:
+        UserError: another has it.
+    """
+    descriptor = _lock(folder)
+    if descriptor is None:
+        raise UserError(f"{folder}: another process trains there now: wait for its end, or name another folder")
+    try:
+        yield
+    finally:
+        _let_go(descriptor)
+
+
+def has_writer(folder: Path) -> bool:
+    descriptor = _lock(folder)
+    if descriptor is not None:
+        _let_go(descriptor)
+    return descriptor is None
+
+
+def _lock(folder: Path) -> int | None:
+    """What holds the folder until it is closed; None where another does."""
+    descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    _held.add(descriptor)
+    return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    _held.remove(descriptor)
+    if fcntl:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    """A child that outlives us, such as a loader's worker, would hold the folder on."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+_held: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def remove_leftovers(folder: Path) -> None:

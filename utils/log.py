@@ -30,15 +30,16 @@ def warn(text: str) -> None:
 
 @contextmanager
 def silent_libraries() -> Iterator[None]:
-    """Nothing that libraries log or warn of, up to errors: advice for their own users."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """Nothing that libraries log or warn of, up to errors: advice for their own users. One thread at a time, as it is of the whole program."""
+    with _laying_aside:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 @contextmanager

@@ -36,32 +36,38 @@ def keep_signal_stack() -> Iterator[None]:
         sigaltstack(ctypes.byref(before), None)
 
 
+_ENDS = (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,)
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, of which no child has heard, as they have of Ctrl-C."""
+    """SIGTERM or SIGHUP, of which no child has heard, as they have of Ctrl-C."""
 
 
 @contextmanager
 def term_as_interrupt() -> Iterator[None]:
-    """SIGTERM (`kill`, `docker stop`) is heard like Ctrl-C, so that what is being written ends well. Nothing changes where others handle it.
+    """SIGTERM (`kill`, `docker stop`) and SIGHUP (a terminal or connection that ends) are heard like Ctrl-C, so that what is being written ends well.
+    Nothing changes where others handle them.
 
     Nor in torchrun's processes but the first: they write nothing, and one that waits for the others within PyTorch would not hear it.
     """
-    is_handled = threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if is_handled or os.environ.get("RANK", "0") != "0":
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("RANK", "0") != "0":
         yield
         return
+    free = [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
     process = os.getpid()
 
-    def end(*_: object) -> None:
+    def end(number: int, _: object) -> None:
         if os.getpid() == process:
             raise Terminated
-        os._exit(128 + signal.SIGTERM)  # a loader's worker, which has nothing to end well
+        os._exit(128 + number)  # a loader's worker, which has nothing to end well
 
-    signal.signal(signal.SIGTERM, end)
+    for number in free:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def end_thread(items: queue.Queue, done: threading.Event) -> None:

@@ -15,6 +15,8 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.log import warn
 
+_TELLING = 0.05  # mAP: where the best of a hundred stayed below, plans that were worse than uniform ones have won (docs/compression.md)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -66,9 +68,9 @@ class Search:
                 self._write()
             best = self.best()[0]
             bar.set_postfix_str(f"best mAP {best.score:.4f} (number {best.number})")
-        if not self.best()[0].score:
-            warn("no candidate finds anything on the held-out images, so that the first is as good as any: ask for less, give --min-ratio, or check "
-                 "--data")
+        if self.best()[0].score < _TELLING:
+            warn(f"the best candidate's mAP is {self.best()[0].score:.4f} on the held-out images, too little to tell plans apart: give a higher "
+                 "--min-ratio (0.4), ask for less, or check --data")
         return self.best()
 
     def best(self) -> list[Candidate]:

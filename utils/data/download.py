@@ -63,6 +63,17 @@ def download(spec: DataSpec) -> Path:
     return spec.root
 
 
+def cut_off(spec: DataSpec) -> Path | None:
+    """An archive whose unpacking was begun and not ended."""
+    archives = [spec.root / item.to / _archive_name(item) for item in spec.download]
+    return next((archive for archive in archives if _begun(archive).exists()), None)
+
+
+def _begun(archive: Path) -> Path:
+    """Is there while an archive is being unpacked."""
+    return archive.with_name(f".{archive.name}.unpacking")
+
+
 def _missing(spec: DataSpec) -> str | None:
     """The first split of which nothing is there."""
     return next((f"{split}: {entries[0]}" for split, entries in spec.splits.items()
@@ -151,11 +162,14 @@ def unpack(archive: Path, folder: Path) -> int:
             if needed > free:
                 raise UserError(f"{archive}: needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
             files = [m for m in members if m.kind == "file"]
+            begun = _begun(folder / archive.name)
+            begun.touch()
             for member in files:
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with open_member(member) as source, open(target, "wb") as stream:
                     shutil.copyfileobj(source, stream, _BLOCK)
+            begun.unlink(missing_ok=True)  # another process may have been as far
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
         raise UserError(f"{archive}: damaged archive: {error}; remove it and fetch it again") from None
     return len(files)

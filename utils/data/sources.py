@@ -253,12 +253,12 @@ def _video_frames(address: str, name: str, stride: int, stop: threading.Event, m
     if not is_text(address):
         raise ImageError(f"{name}: OpenCV reads no video whose name is not UTF-8: rename it")
     with _capture(address) as capture:
-        for image, video, at, bad in _images(capture, stride):
+        for image, video, at, bad in _images(capture, stride, stop):
             place, lost, at_s = at, bad, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield Frame(name, count, image, video)
             count += 1
-            if stop.is_set():
-                return
+    if stop.is_set():
+        return
     if not video:
         raise ImageError(f"{name}: can't be read as a video: it is missing, broken or of a kind that this OpenCV can't decode")
     if lost:
@@ -273,7 +273,7 @@ def _stream_frames(address: str | int, name: str, stride: int, stop: threading.E
         with _capture(address) as capture:
             if not came and not capture.isOpened():
                 raise UserError(f"{name}: can't be opened; check the address, the device and whether another program uses it")
-            for image, video, place, _ in _images(capture, stride):
+            for image, video, place, _ in _images(capture, stride, stop):
                 if failures:
                     info(f"{name}: reconnected")
                 failures, came, reached, expected = 0, came + 1, place + stride, video.frames
@@ -283,8 +283,8 @@ def _stream_frames(address: str | int, name: str, stride: int, stop: threading.E
                     count = max(count, int((time.monotonic() - began) * video.fps / stride))
                 yield Frame(name, count, image, video)
                 count += 1
-                if stop.is_set():
-                    return
+        if stop.is_set():
+            return
         if reached >= _NEARLY_ALL * expected > 0:  # a file behind an address that does not say so
             return
         if failures == _RETRIES:
@@ -310,8 +310,8 @@ def _capture(address: str | int) -> Iterator[cv2.VideoCapture]:
         capture.release()
 
 
-def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray, VideoInfo, int, int]]:
-    """Every stride-th image until the capture gives no more, its place from 0, and how many frames before it were damaged.
+def _images(capture: cv2.VideoCapture, stride: int, stop: threading.Event) -> Iterator[tuple[np.ndarray, VideoInfo, int, int]]:
+    """Every stride-th image until the capture gives no more or is to stop, its place from 0, and how many frames before it were damaged.
 
     The size is the image's own: the container's ignores rotation.
     """
@@ -319,7 +319,7 @@ def _images(capture: cv2.VideoCapture, stride: int) -> Iterator[tuple[np.ndarray
     fps = fps if 0 < fps <= 1000 else _FALLBACK_FPS
     frames = int(frames) if 0 < frames < 2**40 else 0
     place, due, lost, bad, alive = -1, 0, 0, 0, time.monotonic()
-    while bad <= _BAD_IN_A_ROW and (not bad or time.monotonic() - alive < _TIMEOUT_MS / 1000):
+    while not stop.is_set() and bad <= _BAD_IN_A_ROW and (not bad or time.monotonic() - alive < _TIMEOUT_MS / 1000):
         there, image = capture.grab(), None
         if there and place + bad + 1 >= due:
             there, image = capture.retrieve()

@@ -52,15 +52,21 @@ class DataSpec:
         Raises:
             UserError: there is none; the line lists every place tried and what to run.
         """
+        if found := self.found(entry):
+            return found
+        raise UserError(f"{self.file}: {entry} is missing; looked at {', '.join(map(str, self._places(entry)))}; {self.mend()}")
+
+    def found(self, entry: str) -> Path | None:
+        """`find`; None where there is none."""
+        return next((place for place in self._places(entry) if place.exists()), None)
+
+    def _places(self, entry: str) -> list[Path]:
         roots, absolute = (self.root, *self.tried), Path(entry).expanduser()
         places = [absolute] if absolute.is_absolute() else [*(r / e for e in (entry, _shorter(entry)) for r in roots), Path.cwd() / entry]
-        places = list(dict.fromkeys(map(_normal, places)))
-        for place in places:
-            if place.exists():
-                return place
-        raise UserError(f"{self.file}: {entry} is missing; looked at {', '.join(map(str, places))}; {self._mend()}")
+        return list(dict.fromkeys(map(_normal, places)))
 
-    def _mend(self) -> str:
+    def mend(self) -> str:
+        """How to come by the data."""
         if self.download:
             return f"fetch it with: python -m utils.data.download --data {self.file.name} (or --download)"
         if self.scripted:

@@ -11,6 +11,7 @@ from utils.errors import UserError
 
 _PROBE = "import cv2; cv2.namedWindow('probe'); cv2.waitKey(1)"
 _TITLE = "detections (q ends)"
+_TICK_MS = 50
 
 
 def check_display() -> None:
@@ -26,4 +27,7 @@ def check_display() -> None:
 def show(image: np.ndarray, wait: bool) -> bool:
     """Show an image, until a key is pressed if `wait`; False when the user pressed q or Esc."""
     cv2.imshow(_TITLE, image)
-    return cv2.waitKey(0 if wait else 1) & 0xFF not in (ord("q"), 27)
+    key = cv2.waitKey(1)
+    while wait and key < 0 and cv2.getWindowProperty(_TITLE, cv2.WND_PROP_VISIBLE) >= 1:
+        key = cv2.waitKey(_TICK_MS)  # not 0: it would not hear Ctrl-C
+    return key & 0xFF not in (ord("q"), 27)

@@ -13,6 +13,7 @@ from utils.extras import import_extra
 from utils.signals import keep_signal_stack
 
 Shape = tuple[int | None, ...]  # None: any
+_binding = threading.Lock()
 
 
 class Session(Protocol):
@@ -90,7 +91,8 @@ class OpenvinoSession:
         except Exception as error:  # of the parser or a kernel: of any kind; it lists where it was before it says why
             raise UserError(f"{path}: OpenVINO can't load it, it may be cut off or no OpenVINO model: {error_lines(error)[-1]}") from None
         # Its bindings to NumPy are made at the first need of them: two threads that need them first, each holding what the other waits for, hang.
-        openvino.Type.f32.to_dtype()
+        with _binding:
+            openvino.Type.f32.to_dtype()
         self._own = threading.local()
         self.inputs = _openvino_shape(model.inputs[0]) if len(model.inputs) == 1 else None
         self.outputs = _openvino_shape(model.outputs[0]) if model.outputs else None

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from utils.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from utils.config import TrainConfig
 from utils.data.spec import find_data_yaml
 from utils.errors import UserError
-from utils.files import new_run_dir, write_yaml
+from utils.files import has_writer, new_run_dir, only_writer, write_yaml
 from utils.flags import check_stored
 from utils.hyp import Hyp, hyp_from_dict, load_hyp
 from utils.log import info
@@ -23,7 +25,7 @@ _MAY_CHANGE = {"epochs", "device", "workers", "time_limit", "patience", "cache",
                "precision", "plugin", "download"}
 
 
-PREPARED = ("opt.yaml", "hyp.yaml")  # what `create_folder` puts into a run's folder
+PREPARED = ("opt.yaml", "hyp.yaml")  # what `run_folder` puts into a run's folder
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ def _find_teachers(config: TrainConfig) -> tuple[str, ...]:
 
 
 def _newest_last(project: str) -> Path:
-    """The newest last.pt below a folder of runs."""
-    found = sorted(Path(project).expanduser().glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+    """The newest last.pt below a folder of runs where nobody trains now."""
+    every = [*Path(project).expanduser().glob("**/weights/last.pt")]
+    found = sorted((last for last in every if not has_writer(last.parent.parent)), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise UserError(f"--resume: no weights/last.pt below {project}; name one: --resume runs/train/exp/weights/last.pt")
+        others = ", but where another process trains now" if every else ""
+        raise UserError(f"--resume: no weights/last.pt below {project}{others}; name one: --resume runs/train/exp/weights/last.pt")
     return found[-1]
 
 
@@ -135,10 +139,16 @@ def resumed_run(given: dict[str, Any]) -> Run:
     return Run(config, hyp_from_dict(state.hyp, str(last)), folder.parent, checkpoint, state)
 
 
-def create_folder(run: Run, config: TrainConfig) -> Path:
-    """The run's folder, with opt.yaml (`config` as it turned out) and hyp.yaml in it."""
+@contextmanager
+def run_folder(run: Run, config: TrainConfig) -> Iterator[Path]:
+    """The run's folder, of this process alone, with opt.yaml (`config` as it turned out) and hyp.yaml in it.
+
+    Raises:
+        UserError: another process trains there.
+    """
     folder = run.folder or new_run_dir(config.project, config.name, config.exist_ok)
-    opt, hyp = PREPARED
-    write_yaml(folder / opt, {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()})
-    write_yaml(folder / hyp, dataclasses.asdict(run.hyp))
-    return folder
+    with only_writer(folder):
+        opt, hyp = PREPARED
+        write_yaml(folder / opt, {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()})
+        write_yaml(folder / hyp, dataclasses.asdict(run.hyp))
+        yield folder
