@@ -9,22 +9,24 @@ from utils.log import silent_libraries
 
 def test_two_threads_leave_the_programs_logging_as_it_was():
     """Each would bring back what the other had put in its place."""
-    entered, leave = threading.Event(), threading.Event()
+    inside, leave, left = [threading.Event(), threading.Event()], threading.Event(), threading.Event()
 
     def first() -> None:
         with silent_libraries():
-            entered.set()
+            inside[0].set()
             leave.wait(10)
+        left.set()
 
     def second() -> None:
         with silent_libraries():
-            pass
+            inside[1].set()
+            left.wait(10)
 
     threads = [threading.Thread(target=first), threading.Thread(target=second)]
     threads[0].start()
-    entered.wait(10)
+    inside[0].wait(10)
     threads[1].start()
-    threads[1].join(0.2)  # it waits for the first; else it would have left first
+    assert not inside[1].wait(0.2)
     leave.set()
     for thread in threads:
         thread.join()
