@@ -40,6 +40,7 @@ import os, signal, sys, time
 from pathlib import Path
 from utils.errors import script
 from utils.files import atomic_write
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
 @script
 def main(argv=None):
     begun, begins = os.pipe()
