@@ -14,7 +14,6 @@ workload, as it ran in that process. Cold starts end the table: one image, from 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import torch
 from benchmarks.interleaved import print_table, report, run_in_turn
 from models.weights import open_weights
 from models.yolo import load_model
-from utils.cpu import keep_freed_memory
+from utils.cpu import keep_freed_memory, processors
 from utils.data.augment import letterbox
 from utils.data.sources import Source, open_source
 from utils.deploy.pipeline import detect
@@ -86,10 +85,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def beside(weights: str, mode: Mode) -> Path:
     path = Path(weights)
     return path.with_name(f"{path.stem}{mode.suffix}")
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def frames_of(args: argparse.Namespace) -> Source:
@@ -166,7 +161,7 @@ def whole(args: argparse.Namespace, mode: Mode, out: Path) -> None:
     memory = peak_memory_bytes(_CPU)  # before what follows holds its frames
     alone = stages_alone(args, predictor, first_frames(args, _ALONE), out)
     pipeline_ms, slowest = wall / tally.images * 1e3, max(cost.wall for cost in alone.values())
-    work = sum(cost.cpu for cost in alone.values()) / processors()
+    work = sum(cost.cpu for cost in alone.values()) / len(processors())
     folder = {"folder": folder_share(args, predictor, out)} if args.images else {}
     report(ms=pipeline_ms, slowest=slowest, of_slowest=pipeline_ms / slowest, cores=cpu / wall, work=work,
            of_cap=pipeline_ms / max(slowest, work), boxes=tally.boxes, convolution=convolution_ms(),

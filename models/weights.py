@@ -15,8 +15,7 @@ from utils.cpu import PrecisionName
 from utils.device import compute_dtype, describe, select_device
 from utils.errors import UserError
 from utils.evaluate.tta import Augmented
-from utils.export.backends import ExportedNetwork, is_exported
-from utils.export.tensorrt import ENGINE_SUFFIX
+from utils.export.backends import ExportedNetwork, is_exported, needs_gpu
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX
 from utils.export.weights import OpenNetwork, check_device, open_exported
 from utils.network import TorchRunner
@@ -112,7 +111,7 @@ def open_weights(
         UserError: no such file, not a whole one, or not for this device.
     """
     if is_exported(weights):
-        if Path(weights).suffix == ENGINE_SUFFIX and torch.cuda.is_available():
+        if needs_gpu(weights) and torch.cuda.is_available():
             device = str(select_device(device))
         return OpenWeights(**vars(open_exported(weights, device, precision, data, data_root, at_once)), device=torch.device("cpu"),
                            dtype=torch.float32)

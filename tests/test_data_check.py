@@ -188,6 +188,15 @@ def test_what_is_missing_is_fetched_when_asked_for(tmp_path, server):
     assert open_splits(replace(options, download=True), ("train",))[0].report.boxes == 1 and len(Server.ranges) == 1
 
 
+def test_an_address_that_names_no_file_is_no_mistake_where_the_data_are_there(tmp_path):
+    spec = spec_for(tmp_path, 'url: "http://127.0.0.1:9/"')
+    (spec.root / "images").mkdir(parents=True)
+    (spec.root / "labels").mkdir()
+    (spec.root / "images/a.png").write_bytes(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+    (spec.root / "labels/a.txt").write_text("0 .5 .5 .5 .5")
+    assert open_splits(DataOptions(data=str(spec.file), data_root=str(tmp_path / "sets")), ("train",))[0].report.boxes == 1
+
+
 def test_half_an_archive_is_not_taken_for_the_data_set(tmp_path, server, monkeypatch):
     picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     labels = {f"labels/{n}.txt": b"0 .5 .5 .5 .5" for n in range(4)}

@@ -335,7 +335,7 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path: Path):
              "    print('mine', flush=True)\n    time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", holds, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "mine\n" and has_writer(tmp_path)
-        with pytest.raises(UserError, match="another process trains there now: wait for its end, or name another folder"), only_writer(tmp_path):
+        with pytest.raises(UserError, match="another process writes there now: wait for its end, or name another folder"), only_writer(tmp_path):
             pass
         other.kill()
     assert not has_writer(tmp_path)

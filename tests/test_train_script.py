@@ -302,7 +302,7 @@ def test_a_folder_in_which_another_process_trains(flags: list[str], place: Path,
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     with only_writer(folder):
         for argv in (["--resume", str(folder / "weights" / "last.pt"), "--epochs", "2"], [*flags, "--epochs", "1", "--name", "held", "--exist-ok"]):
-            assert "held: another process trains there now: wait for its end, or name another folder" in error_of(argv, capfd)
+            assert "held: another process writes there now: wait for its end, or name another folder" in error_of(argv, capfd)
         told = error_of(["--resume", "--project", str(folder)], capfd)
         assert "no weights/last.pt below" in told and "but where another process trains now; name one" in told
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before

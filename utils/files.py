@@ -212,7 +212,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     descriptor = _lock(folder)
     if descriptor is None:
-        raise UserError(f"{folder}: another process trains there now: wait for its end, or name another folder")
+        raise UserError(f"{folder}: another process writes there now: wait for its end, or name another folder")
     try:
         yield
     finally:

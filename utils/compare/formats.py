@@ -23,9 +23,8 @@ from utils.data.open import open_splits, val_loader
 from utils.data.scenes import render
 from utils.errors import UserError, first_line
 from utils.evaluate.validate import check_classes, validate
-from utils.export.backends import OPENVINO_SUFFIX, is_exported
+from utils.export.backends import OPENVINO_SUFFIX, is_exported, needs_gpu
 from utils.export.metadata import GraphNms
-from utils.export.tensorrt import ENGINE_SUFFIX
 from utils.files import ROOT, find_file, size_bytes, write_csv
 from utils.log import info, warn
 from utils.measure.timing import Latency, Timings, time_interleaved
@@ -102,7 +101,7 @@ def find_formats(weights: Path) -> list[FormatRow]:
     def owner(path: Path) -> str | None:
         return next((stem for stem in stems if path.name.startswith((f"{stem}_", f"{stem}."))), None)
 
-    named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and path.suffix != ENGINE_SUFFIX and owner(path) == weights.stem)
+    named = sorted(path for path in weights.parent.iterdir() if is_exported(path) and not needs_gpu(path) and owner(path) == weights.stem)
     whole = [path for path in named if not any(word in path.name for word in (".mismatch", ".unchecked", ".failed"))]
     return [FormatRow(path, precision) for path in (weights, *whole) for precision in _precisions(path, weights.stem)]
 

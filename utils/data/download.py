@@ -28,6 +28,7 @@ from utils.log import info
 
 _TIMEOUT_S = 30
 _BLOCK = 1 << 20
+_BEGUN = ".unpacking"
 
 
 class _Member(NamedTuple):
@@ -65,13 +66,13 @@ def download(spec: DataSpec) -> Path:
 
 def cut_off(spec: DataSpec) -> Path | None:
     """An archive whose unpacking was begun and not ended."""
-    archives = [spec.root / item.to / _archive_name(item) for item in spec.download]
-    return next((archive for archive in archives if _begun(archive).exists()), None)
+    marks = (mark for item in spec.download for mark in (spec.root / item.to).glob(f".*{_BEGUN}"))
+    return next((mark.with_name(mark.name[1:].removesuffix(_BEGUN)) for mark in marks), None)
 
 
 def _begun(archive: Path) -> Path:
     """Is there while an archive is being unpacked."""
-    return archive.with_name(f".{archive.name}.unpacking")
+    return archive.with_name(f".{archive.name}{_BEGUN}")
 
 
 def _missing(spec: DataSpec) -> str | None:

@@ -198,7 +198,12 @@ def is_exported(path: str | Path) -> bool:
 
 def needs_torch(path: str | Path) -> bool:
     """By its name alone: whether an exported file can't be run without PyTorch, which runs it or has the memory of its device."""
-    return Path(path).suffix in (TORCHSCRIPT_SUFFIX, ENGINE_SUFFIX)
+    return Path(path).suffix == TORCHSCRIPT_SUFFIX or needs_gpu(path)
+
+
+def needs_gpu(path: str | Path) -> bool:
+    """By its name alone: whether an exported file runs on a CUDA device; all others run on the CPU."""
+    return Path(path).suffix == ENGINE_SUFFIX
 
 
 def find_exported(path: str | Path) -> Path:

@@ -110,15 +110,15 @@ class _Log:
     """What goes wrong in TensorRT, which it tells a logger and nobody else."""
 
     def __init__(self, tensorrt: ModuleType) -> None:
-        errors, warnings = self._errors, self._warnings = [], []
-        worst = tensorrt.ILogger.ERROR, tensorrt.ILogger.INTERNAL_ERROR
+        kinds = tensorrt.ILogger
+        latest = self._latest = {}  # of each kind, as an engine may warn with every image
 
-        class Sink(tensorrt.ILogger):
+        class Sink(kinds):
             def log(self, severity: Any, text: str) -> None:
-                if severity in worst:
-                    errors.append(text)
-                elif severity == tensorrt.ILogger.WARNING:
-                    warnings.append(text)
+                if severity in (kinds.ERROR, kinds.INTERNAL_ERROR):
+                    latest["error"] = text
+                elif severity == kinds.WARNING:
+                    latest["warning"] = text
 
         self.sink = Sink()
 
@@ -132,8 +132,8 @@ class _Log:
     @property
     def last(self) -> str:
         """Of the errors, or where there are none (a driver that is too old) of the warnings."""
-        texts = self._errors or self._warnings
-        return error_lines(RuntimeError(texts[-1]))[0] if texts else "it does not say why"
+        text = self._latest.get("error") or self._latest.get("warning")
+        return error_lines(RuntimeError(text))[0] if text else "it does not say why"
 
 
 def _tensorrt() -> ModuleType:

@@ -13,9 +13,8 @@ from utils.config import DEFAULT_IMGSZ
 from utils.cpu import PrecisionName, check_precision, cpu_precision
 from utils.data.spec import load_data_spec
 from utils.errors import UserError
-from utils.export.backends import is_exported, open_network
+from utils.export.backends import is_exported, needs_gpu, open_network
 from utils.export.metadata import GraphNms
-from utils.export.tensorrt import ENGINE_SUFFIX
 from utils.files import ROOT, find_file
 from utils.log import warn
 from utils.nms import NmsOptions
@@ -128,7 +127,7 @@ def open_exported(
     check_device(device, weights)
     names = (lambda: load_data_spec(data, data_root or None).names) if data else None
     check_precision(precision)
-    bf16 = Path(weights).suffix != ENGINE_SUFFIX and cpu_precision(precision) == "bf16"  # an engine computes in what it was built for
+    bf16 = not needs_gpu(weights) and cpu_precision(precision) == "bf16"  # an engine computes in what it was built for
     network = open_network(weights, bf16=bf16, names=names, at_once=at_once, device=device)
     return OpenNetwork(weights, network, network.names, network.max_stride, network.pad_stride, network.imgsz, network.fixed, network.batch,
                        network.description, network.nms)
@@ -136,5 +135,5 @@ def open_exported(
 
 def check_device(device: str, weights: str) -> None:
     """Raises UserError where an exported file is asked to run on another kind of device than it can."""
-    if device.strip().lower() not in ("", "cpu") and Path(weights).suffix != ENGINE_SUFFIX:
+    if device.strip().lower() not in ("", "cpu") and not needs_gpu(weights):
         raise UserError(f"--device {device}: {Path(weights).name} runs on the CPU: leave it out, or use the checkpoint")
