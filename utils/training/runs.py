@@ -144,7 +144,7 @@ def run_folder(run: Run, config: TrainConfig) -> Iterator[Path]:
     """The run's folder, of this process alone, with opt.yaml (`config` as it turned out) and hyp.yaml in it.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process writes there.
     """
     folder = run.folder or new_run_dir(config.project, config.name, config.exist_ok)
     with only_writer(folder):
