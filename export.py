@@ -3,18 +3,23 @@
     python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino --data bccd.yaml
     python export.py --weights yolov5n.pt --include onnx --imgsz 384 640 --half
     python export.py --weights best.pt --include openvino --dynamic
+    python export.py --weights best.pt --include onnx openvino --int8 --data bccd.yaml
 
 Exit code 1: some format failed, which its line names; the others are done.
 """
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from utils.config import DEFAULT_IMGSZ, ExportConfig, for_next, quoted
+from utils.config import DEFAULT_IMGSZ, ExportConfig, QuantizeConfig, quoted
 from utils.errors import UserError, script
 from utils.flags import parse
 from utils.threads import wait_politely
+
+if TYPE_CHECKING:
+    from utils.export.formats import Format
 
 
 @script
@@ -26,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from models.plugin import load_plugin
     from models.weights import open_checkpoint
+    from utils.compress.int8 import int8_format
+    from utils.compress.quantization import Quantization
     from utils.cpu import keep_freed_memory
     from utils.device import select_device
     from utils.export.check import check_images
@@ -37,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     formats = choose_formats(config.include)
     if config.int8:
-        raise UserError(_int8(config, [kind.name for kind in formats]))
+        settings = _int8_settings(config)
+        load_plugin(config.plugin)
+        quantization = Quantization(settings, open_checkpoint(config.weights))
+        return _one_by_one(formats, lambda kind: quantization.run(int8_format(kind.name)))
     device = select_device(config.device)
     load_plugin(config.plugin)
     weights, model, trained_at, _ = open_checkpoint(config.weights)
@@ -53,25 +63,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     info(f"export: {weights.name} for images of {imgsz[0]}x{imgsz[1]} px{' and any other size' if config.dynamic else ''}, {metadata.precision}; "
          f"checked on {checked}")
 
+    def write(kind: Format) -> bool:
+        path = produce(job, kind, weights.with_suffix(""), images, reference, device)
+        where = f" --device {device.index}" if kind.needs_gpu and device.index else ""
+        info(f"    python detect.py --weights {quoted(path)}{where} --source …")
+        return True
+
+    return _one_by_one(formats, write)
+
+
+def _one_by_one(formats: Iterable[Format], write: Callable[[Format], bool]) -> int:
+    """The exit code; where one fails the others are done all the same.
+
+    Args:
+        write: makes a file; whether it is good. A UserError of its own is one that failed.
+    """
     failed = 0
     for kind in formats:
         try:
-            path = produce(job, kind, weights.with_suffix(""), images, reference, device)
-            where = f" --device {device.index}" if kind.needs_gpu and device.index else ""
-            info(f"    python detect.py --weights {quoted(path)}{where} --source …")
+            failed += not write(kind)
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _int8(config: ExportConfig, formats: Sequence[str]) -> str:
-    """What to do instead."""
-    written = [name for name in formats if name in ("onnx", "openvino")]
-    size = f" --imgsz {config.imgsz[0]}" if config.imgsz and len({*config.imgsz}) == 1 else ""
-    others = "" if written else f"there are no int8 {' or '.join(formats)} files here, but int8 ONNX and OpenVINO files run on ARM too: "
-    return (f"--int8: {others}int8 is calibrated and scored on data: python quantize.py --weights {quoted(config.weights)} --data "
-            f"{quoted(config.data or 'my_set.yaml')} --to {written[0] if written else 'onnx'}{size}{' --dynamic' * config.dynamic}{for_next(config)}")
+def _int8_settings(config: ExportConfig) -> QuantizeConfig:
+    """As quantize.py has them.
+
+    Raises:
+        UserError: what int8 needs is missing, or it goes with none of what was asked for too.
+    """
+    if not config.data:
+        raise UserError("--int8: is calibrated on the train split of a data set and scored on its val split: name the one that the network was "
+                        "trained on, --data my_set.yaml")
+    others = [name for name in ("half", "nms", "simplify", "opset", "batch_size") if getattr(config, name) != getattr(ExportConfig, name)]
+    if others:
+        raise UserError(f"--int8: goes without {' and '.join('--' + name.replace('_', '-') for name in others)}: leave one or the other out")
+    if len({*(config.imgsz or ())}) > 1:
+        raise UserError(f"--int8: is scored on square images: --imgsz {max(config.imgsz)}, a single number")
+    return QuantizeConfig(weights=config.weights, data=config.data, data_root=config.data_root, plugin=config.plugin, dynamic=config.dynamic,
+                          imgsz=config.imgsz[0] if config.imgsz else None)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import QUANTIZERS, Int8Files, Scores, attempts, best_attempt, int8_format, put
-from utils.compress.tail import find_tail
+from utils.compress.tail import find_tail, with_activation
 from utils.config import QuantizeConfig
 from utils.data.open import val_loader
 from utils.errors import UserError
@@ -26,7 +27,7 @@ from utils.export.metadata import ExportMetadata
 
 CPU = torch.device("cpu")
 SIDE = 64
-TARGETS = ("onnx", "openvino")
+TARGETS = ("onnx", "openvino", "tflite")
 
 
 def needs(kind: str) -> None:
@@ -92,19 +93,37 @@ def operators(path: Path) -> list[tuple[str, str, list[str]]]:
         graph = onnx.load(str(path)).graph
         makers = {output: node.name for node in graph.node for output in node.output}
         return [(node.name, node.op_type, [makers[i] for i in node.input if i in makers]) for node in graph.node]
+    if path.suffix == ".tflite":
+        graph, kinds = tflite_graph(path)
+        makers = {output: str(n) for n, op in enumerate(graph.operators) for output in op.outputs}
+        sources = [[makers[i] for i in op.inputs if i in makers] for op in graph.operators]
+        return [(str(n), kind, read) for n, (kind, read) in enumerate(zip(kinds, sources, strict=True))]
     openvino = pytest.importorskip("openvino")
     model = openvino.Core().read_model(next(path.glob("*.xml")))
     return [(op.get_friendly_name(), op.get_type_name(), [v.get_node().get_friendly_name() for v in op.input_values()])
             for op in model.get_ordered_ops()]
 
 
+def tflite_graph(path: Path) -> tuple[Any, list[str]]:
+    """Its one graph, and its operators' kinds."""
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
+    (graph,) = model.subgraphs
+    return graph, [names[model.operatorCodes[op.opcodeIndex].builtinCode] for op in graph.operators]
+
+
+ROUNDING = {"QuantizeLinear", "DequantizeLinear", "FakeQuantize", "QUANTIZE"}
+WEIGHTED = ("Conv", "Convolution", "CONV_2D", "DEPTHWISE_CONV_2D")
+
+
 def test_no_rounding_after_the_last_convolutions(made):
     files, _, _ = made
     nodes = operators(files.path_of[()])
     sources = {name: reads for name, _, reads in nodes}
-    tail = find_tail(sources, [name for name, kind, _ in nodes if kind in ("Conv", "Convolution")])
+    tail = find_tail(sources, [name for name, kind, _ in nodes if kind in WEIGHTED])
     kinds = {kind for name, kind, _ in nodes if name in tail.after}
-    assert len(tail.last) == 3 and kinds & {"Sigmoid"} and not kinds & {"QuantizeLinear", "DequantizeLinear", "FakeQuantize"}
+    assert len(tail.last) == 3 and kinds & {"Sigmoid", "LOGISTIC"} and not kinds & (ROUNDING | {"DEQUANTIZE"})
 
 
 def test_weights_are_int8_by_channel(made):
@@ -119,11 +138,25 @@ def test_weights_are_int8_by_channel(made):
             scale = constants[name.replace("_quantized", "_scale")]
             assert weight.dtype == np.int8 and len(scale) == len(weight) and abs(weight.astype(int)).max() == 64  # 7 bits: no 16-bit sum overflows
         assert {v.dtype for n, v in constants.items() if n.endswith("_zero_point") and v.ndim == 0} == {np.dtype(np.uint8)}
+    elif path.suffix == ".tflite":
+        check_tflite_weights(path, 5)
+        assert len(files.layers) == 5
     else:
         openvino = pytest.importorskip("openvino")
         constants = [op for op in openvino.Core().read_model(next(path.glob("*.xml"))).get_ordered_ops() if op.get_type_name() == "Constant"]
         assert sum(op.get_element_type() == openvino.Type.i8 for op in constants) == len(files.layers) == 8
     assert set(files.layers) <= {name for name, _ in network.named_modules()}
+
+
+def check_tflite_weights(path: Path, layers: int) -> None:
+    """So many of the tiny network's 8 are int8."""
+    graph, kinds = tflite_graph(path)
+    convolutions = [[graph.tensors[i] for i in op.inputs] for op, kind in zip(graph.operators, kinds, strict=True) if kind in WEIGHTED]
+    int8 = [(image, weight) for image, weight, _ in convolutions if weight.type == 9]  # INT8
+    assert len(int8) == layers and len(convolutions) == 8 and {image.type for image, _ in int8} == {9}
+    for _, weight in int8:
+        assert len(weight.quantization.scale) == weight.shape[weight.quantization.quantizedDimension] > 1 and not any(weight.quantization.zeroPoint)
+    assert [graph.tensors[i].type for i in (*graph.inputs, *graph.outputs)] == [0, 0]  # FLOAT32
 
 
 def test_a_layer_that_stays_float(made):
@@ -137,13 +170,42 @@ def test_a_layer_that_stays_float(made):
         names = {c.name for c in onnx.load(str(path)).graph.initializer}
         assert {f"network.{layer}.weight" in names for layer in kept} == {True} and f"network.{files.layers[1]}.weight" not in names
     before = [kind for _, kind, _ in operators(files.path_of[()])]
-    rounding = "QuantizeLinear" if path.suffix == ".onnx" else "FakeQuantize"
-    assert kinds.count(rounding) < before.count(rounding)
+    if path.suffix == ".tflite":  # it has a rounding more before each int8 part
+        check_tflite_weights(path, 3)
+    else:
+        assert sum(kind in ROUNDING for kind in kinds) < sum(kind in ROUNDING for kind in before)
     exact, all_int8, some_float = (open_network(p)(images) for p in (files.float_path, files.path_of[()], path))
     assert sqnr_db(exact, some_float) > sqnr_db(exact, all_int8)
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+class Pictures(list):
+    """In place of calibration images."""
+
+    def shown(self, title: str) -> Iterator[np.ndarray]:
+        return iter(self)
+
+
+def test_a_tflite_file_where_its_converter_is_not(tiny, tmp_path: Path):
+    """The quantizer runs beside the newest PyTorch; tiny.tflite is of two images of 64 x 96 px."""
+    pytest.importorskip("ai_edge_quantizer")
+    source = Path(__file__).with_name("tiny.tflite")
+    pictures = torch.rand(4, 2, 3, 64, 96)
+    quantizer = QUANTIZERS["tflite"][0](source, tiny, Pictures(pictures.numpy()), tmp_path)
+    assert len(quantizer.layers) == 5 and set(quantizer.layers) <= {name for name, _ in tiny.named_modules()}
+    exact = open_network(source)
+    found = []
+    for kept in ((), quantizer.layers[1:3]):
+        path = tmp_path / f"{len(kept)}.tflite"
+        quantizer.write(path, dataclasses.replace(exact.metadata, precision="int8", float_layers=kept))
+        check_tflite_weights(path, 5 - len(kept))
+        network = open_network(path)
+        assert network.metadata.float_layers == kept
+        found.append(network(pictures[0]))
+    nearer = [sqnr_db(exact(pictures[0]), each) for each in found]
+    assert 25 < nearer[0] < nearer[1]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_any_image_size(kind: str, tmp_path: Path):
     needs(kind)
     network, images = lively(tiny_model(tmp_path, width=16)), calibration(tmp_path)
@@ -180,6 +242,12 @@ def test_a_file_in_its_place(made, tmp_path: Path):
 
 
 # --- the graph's end -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_belongs_to_a_layer():
+    sources = {"image": [], "a": ["image"], "sigmoid": ["a"], "product": ["a", "sigmoid"], "b": ["product"], "sum": ["product", "b"], "half": []}
+    functions = {"sigmoid", "product", "sum", "half"}
+    assert with_activation("a", sources, functions) == {"a", "sigmoid", "product"} and with_activation("b", sources, functions) == {"b"}
 
 
 def test_the_tail_by_hand():
@@ -273,11 +341,12 @@ def test_the_best_attempt(scores, best, monkeypatch, capsys):
 # --- bad input -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnx"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("openvino", "nncf")])
+@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnx"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("openvino", "nncf"),
+                                             ("tflite", "ai_edge_quantizer")])
 def test_a_missing_package(kind: str, package: str, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest))
-    with pytest.raises(UserError, match=rf"--to {kind}: pip install .*\b{package}\b"):
+    with pytest.raises(UserError, match=rf"^{kind}: pip install .*\b{package}\b"):
         int8_format(kind)
 
 
@@ -293,6 +362,6 @@ def test_a_network_that_the_quantizer_refuses(made, monkeypatch):
 
 
 def test_which_formats_have_a_quantizer():
-    assert FORMATS.keys() - QUANTIZERS.keys() == {"ncnn", "torchscript", "tflite", "coreml", "engine"} and QUANTIZERS.keys() <= FORMATS.keys()
+    assert FORMATS.keys() - QUANTIZERS.keys() == {"ncnn", "torchscript", "coreml", "engine"} and QUANTIZERS.keys() <= FORMATS.keys()
     field = next(f for f in dataclasses.fields(QuantizeConfig) if f.name == "to")
     assert set(field.metadata["argparse"]["choices"]) == QUANTIZERS.keys()

@@ -149,11 +149,10 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
-    ("export", ["--include", "openvino", "--int8", "--data", "my.yaml"], r"--int8: .*quantize\.py .*tiny\.pt --data my\.yaml --to openvino"),
-    ("export", ["--include", "onnx", "--int8", "--plugin", "docs/examples/my_blocks.py", "--data-root", "sets"],
-     r"--int8: .* --to onnx --plugin docs/examples/my_blocks\.py --data-root sets"),
-    ("export", ["--include", "ncnn", "--int8", "--imgsz", "96", "--dynamic"],
-     r"--int8: there are no int8 ncnn files here, .*ARM too: .* --data my_set\.yaml --to onnx --imgsz 96 --dynamic"),
+    ("export", ["--int8"], r"--int8: is calibrated on the train split .* --data my_set\.yaml"),
+    ("export", ["--int8", "--data", "tiny_data.yaml", "--half", "--batch", "2"], "--int8: goes without --half and --batch-size"),
+    ("export", ["--int8", "--data", "tiny_data.yaml", "--imgsz", "64", "96"], "--int8: is scored on square images: --imgsz 96, a single number"),
+    ("export", ["--int8", "--data", "none.yaml"], r"none\.yaml: no such data YAML"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
     ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"),
     ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx: is exported, perhaps int8 already: name the checkpoint"),

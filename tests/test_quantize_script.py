@@ -11,6 +11,7 @@ import yaml
 from tiny import data_yaml, tiny_model
 
 import detect
+import export
 import quantize
 import val
 from models.yolo import load_model
@@ -78,6 +79,24 @@ def test_from_a_checkpoint_to_boxes(kind: str, name: str, place: Path, capsys):
     assert scored and {row["category_id"] for row in scored} <= {0, 1}
     assert detect.main([*shared, "--source", str(place / "data" / "images" / "val"), "--conf", "0.001", "--save-txt", "--exist-ok"]) == 0
     assert list((place / "runs" / kind / "labels").glob("*.txt"))
+
+
+def test_by_export(place: Path, tmp_path: Path, capsys, monkeypatch):
+    """export.py --int8 makes the same files, of several formats; PyTorch is scored once for all."""
+    needs("onnx")
+    needs("openvino")
+    (tmp_path / "best.pt").write_bytes((place / "best.pt").read_bytes())
+    asked = []
+    monkeypatch.setattr(quantization.Quantization, "score", lambda self, network: asked.append(network) or Scores(0.9, 0.5))
+    command = ["--weights", str(tmp_path / "best.pt"), "--data", str(place / "data" / "tiny_data.yaml"), "--int8", "--include"]
+    assert export.main([*command, "onnx", "ncnn", "openvino"]) == 1
+    said = capsys.readouterr()
+    assert "error: ncnn: no int8 files of this format are written here; onnx, openvino, tflite ones run on ARM too\n" in said.err
+    assert said.err.count("error: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "best_int8.onnx", "best_int8_openvino_model"} and len(asked) == 5
+    for name in ("best_int8.onnx", "best_int8_openvino_model"):
+        assert f"results: {tmp_path / name}" in said.out and open_network(tmp_path / name).metadata.precision == "int8"
+    assert export.main([*command, "onnx"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
@@ -185,7 +204,7 @@ def test_bad_input(place: Path, tmp_path: Path, capsys):
         ({"data": "none.yaml"}, "none.yaml"),
         ({"calib": 7}, "--calib 7: must be 8 or more"),
         ({"max-drop": -1}, "--max-drop -1"),
-        ({"to": "tflite"}, "--to: invalid choice"),
+        ({"to": "ncnn"}, "--to: invalid choice"),
     ):
         assert quantize.main(flags(place, "onnx", **changed)) == 2, changed
         error = capsys.readouterr().err.strip()

@@ -186,8 +186,8 @@ class ExportConfig(DataRoot, Blocks):
     max_det: int = option(1000, "with --nms: most boxes an image, and the rows of the output",
                          check=(lambda v: 1 <= v <= 8192, "must be between 1 and 8192"))
     simplify: bool = option(False, "fold and merge what an ONNX graph computes needlessly (pip install onnxslim)")
-    int8: bool = option(False, "int8 files are made, and scored, by quantize.py: its command is named")
-    data: str = option("", "check the files on images of this data YAML's val split; else on generated ones")
+    int8: bool = option(False, "int8 files (onnx, openvino, tflite), calibrated and scored on --data; quantize.py has more to set")
+    data: str = option("", "check the files on images of this data YAML's val split, else on generated ones; with --int8 the one it was trained on")
     device: str = option("cpu", "where the checkpoint runs that each file is compared with; files run on the CPU, an engine is built and runs on "
                                 "this CUDA device, or the first")
 
@@ -197,7 +197,8 @@ class QuantizeConfig(DataOptions, Blocks):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
     data: str = option("", "data YAML that it was trained on, found as given or in data/: int8 is calibrated on its train split, scored on val",
                        required=True)
-    to: str = option("onnx", "what to write: best_int8.onnx or best_int8_openvino_model/, beside best.pt", choices=("onnx", "openvino"))
+    to: str = option("onnx", "what to write: best_int8.onnx, best_int8_openvino_model/ or best_int8.tflite, beside best.pt",
+                     choices=("onnx", "openvino", "tflite"))
     calib: int = option(300, "training images to measure the ranges of activations on", check=FEW)
     max_drop: float = option(1.0, "points of mAP50-95 that int8 may lose: layers stay float until it holds", check=NOT_NEGATIVE)
     sensitivity: bool = option(False, "also write what each layer's rounding costs, as table and picture")

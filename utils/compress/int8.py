@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from torch import nn
+
 from utils.compress.calibration import CalibrationImages
 from utils.compress.onnx_int8 import OnnxQuantizer
 from utils.compress.openvino_int8 import OpenvinoQuantizer
 from utils.compress.rounding import Range
+from utils.compress.tflite_int8 import TfliteQuantizer
 from utils.errors import UserError, foreign_errors
 from utils.export.backends import open_network
 from utils.export.formats import FORMATS, ExportJob, Format
@@ -50,7 +53,8 @@ class Quantizer(Protocol):
 
     layers: tuple[str, ...]
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None: ...
+    def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
+                 ranges: Mapping[str, Range] | None = None) -> None: ...
 
     def write(self, path: Path, metadata: ExportMetadata) -> None: ...
 
@@ -58,6 +62,7 @@ class Quantizer(Protocol):
 QUANTIZERS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {  # by format, and the packages that it needs beyond the format's
     "onnx": (OnnxQuantizer, ()),
     "openvino": (OpenvinoQuantizer, ("nncf",)),
+    "tflite": (TfliteQuantizer, ("ai_edge_quantizer",)),
 }
 
 
@@ -65,12 +70,14 @@ def int8_format(name: str) -> Format:
     """The format of this name, where all that int8 needs is installed.
 
     Raises:
-        UserError: which pip install it lacks.
+        UserError: which pip install it lacks, or there is no int8 in this format.
     """
+    if name not in QUANTIZERS:
+        raise UserError(f"{name}: no int8 files of this format are written here; {', '.join(QUANTIZERS)} ones run on ARM too")
     kind = FORMATS[name]
     kind = dataclasses.replace(kind, packages=(*kind.packages, *QUANTIZERS[name][1]))
     if missing := kind.missing():
-        raise UserError(f"--to {name}: {missing}")
+        raise UserError(f"{name}: {missing}")
     return kind
 
 
@@ -122,7 +129,7 @@ class Int8Files:
         self.float_path = self._new("float")
         with foreign_errors(f"{kind.name}: this network can't be converted"):
             kind.write(job, self.float_path)
-            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, images, folder, ranges)
+            self._quantizer = QUANTIZERS[kind.name][0](self.float_path, job.network, images, folder, ranges)
         self.path_of: dict[tuple[str, ...], Path] = {}  # by the layers that stay float
 
     @property

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.rounding import Range, round_weight
-from utils.compress.tail import find_tail
+from utils.compress.tail import find_tail, with_activation
 from utils.export.converters import INPUT
 from utils.export.metadata import ExportMetadata, stamp_onnx
 from utils.extras import import_extra
@@ -35,10 +36,11 @@ class OnnxQuantizer:
         layers: those that can be int8, by the names that they have in the network, in its order.
     """
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None:
+    def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
+                 ranges: Mapping[str, Range] | None = None) -> None:
         """
         Args:
-            source: exported by `to_onnx`.
+            source: exported by `to_onnx` from `network`.
             folder: for its own files, which must live as long as it does.
             ranges: of a network that was trained in int8. They, and the steps of weights, are those that are found here anyway; the weights that
                 stay float here are rounded as training had them.
@@ -49,10 +51,11 @@ class OnnxQuantizer:
             preparation.quant_pre_process(str(source), str(self._path), skip_symbolic_shape=True)
         model = onnx.load(str(self._path))
         self._nodes = {node.name: node for node in model.graph.node}
-        self._makers = {output: node.name for node in model.graph.node for output in node.output}
-        sources = {name: [self._makers[i] for i in node.input if i in self._makers] for name, node in self._nodes.items()}
+        makers = {output: node.name for node in model.graph.node for output in node.output}
+        self._sources = {name: [makers[i] for i in node.input if i in makers] for name, node in self._nodes.items()}
+        self._activations = {node.name for node in model.graph.node if node.op_type in _ACTIVATIONS}
         weighted = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
-        tail = find_tail(sources, weighted)
+        tail = find_tail(self._sources, weighted)
         # An int8 convolution rounds what it puts out, and Detect's maps are box sides: its convolutions stay float as their decoding does.
         self._float = tail.after | tail.last
         if ranges is not None:
@@ -69,7 +72,8 @@ class OnnxQuantizer:
         tools = import_extra("onnxruntime.quantization")
         # Measured at the first call; later versions of ONNX Runtime can keep it.
         cache = {"calibration_cache_path": self._ranges} if "calibration_cache_path" in inspect.signature(tools.quantize_static).parameters else {}
-        stay = self._float.union(*(self._with_activation(name) for layer in metadata.float_layers for name in self._nodes_of[layer]))
+        stay = self._float.union(*(with_activation(name, self._sources, self._activations)
+                                   for layer in metadata.float_layers for name in self._nodes_of[layer]))
         with silent_libraries():
             tools.quantize_static(
                 str(self._path), str(path), _reader(tools, self._images), quant_format=tools.QuantFormat.QDQ, per_channel=True, reduce_range=True,
@@ -77,15 +81,6 @@ class OnnxQuantizer:
                 calibrate_method=tools.CalibrationMethod.MinMax, **cache,
             )
         stamp_onnx(path, metadata)
-
-    def _with_activation(self, name: str) -> set[str]:
-        """The node and what depends on nothing but it and constants: its activation function."""
-        unit = {name}
-        for node in self._nodes.values():  # in topological order
-            makers = {self._makers[i] for i in node.input if i in self._makers}
-            if node.op_type in _ACTIVATIONS and makers and makers <= unit:
-                unit.add(node.name)
-        return unit
 
 
 def _round_weights(model: onnx.ModelProto, names: Collection[str]) -> None:

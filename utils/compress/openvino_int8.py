@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from utils.compress.calibration import CalibrationImages
 from utils.compress.openvino_steps import set_steps
 from utils.compress.rounding import Range
@@ -23,10 +25,11 @@ _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Grou
 class OpenvinoQuantizer:
     """A float OpenVINO model to int8 ones that differ in which layers stay float; attributes as of OnnxQuantizer."""
 
-    def __init__(self, source: Path, images: CalibrationImages, folder: Path, ranges: Mapping[str, Range] | None = None) -> None:
+    def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
+                 ranges: Mapping[str, Range] | None = None) -> None:
         """
         Args:
-            source: the folder of an exported model.
+            source: the folder of a model that was exported from `network`.
             ranges: of a network that was trained in int8 (train.py --qat): its file rounds as it did, and its biases stay.
         """
         self._core, self._xml, self._images, self._ranges = import_extra("openvino").Core(), find_exported(source), images, ranges

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,14 @@ from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import Attempt, Int8Files, Scores, best_attempt, put
 from utils.compress.rounding import Range, measure_ranges
 from utils.compress.sensitivity import Sensitivity, layer_sensitivities, write_sensitivities
-from utils.config import QuantizeConfig, for_next, quoted
+from utils.config import DEFAULT_IMGSZ, QuantizeConfig, for_next, quoted
 from utils.cpu import cpu_int8
-from utils.data.labels import Split
-from utils.data.open import val_loader
+from utils.data.open import open_splits, val_loader
 from utils.device import machine
 from utils.errors import UserError
-from utils.evaluate.validate import validate
+from utils.evaluate.validate import check_classes, validate
 from utils.export.backends import open_network
 from utils.export.formats import ExportJob, Format
-from utils.export.graph import Detector
 from utils.export.metadata import ExportMetadata
 from utils.files import is_writable, size_bytes
 from utils.log import info, warn
@@ -45,55 +43,70 @@ class Row(NamedTuple):
     bytes: int
 
 
-class Quantization:
-    """What quantize.py does with a network and its data."""
+class Trained(Protocol):
+    """A checkpoint's network, such as models.weights' Trained.
 
-    def __init__(self, config: QuantizeConfig, kind: Format, network: Detector, train: Split, val: Split, imgsz: int,
-                 tuned: bool = False) -> None:
+    Attributes:
+        path: of the checkpoint.
+        model: float32, in eval mode, on the CPU.
+        imgsz: side in pixels that it was trained for, if known.
+        int8: it was fine-tuned for int8.
+    """
+
+    path: Path
+    model: Any
+    imgsz: int | None
+    int8: bool
+
+
+class Quantization:
+    """A network and its data, to int8 files of one format or several."""
+
+    def __init__(self, config: QuantizeConfig, trained: Trained) -> None:
         """
-        Args:
-            config: its weights as they were found.
-            network: fused, float32, on the CPU.
-            imgsz: in whole strides, pixels.
-            tuned: the network was fine-tuned for int8.
+        Raises:
+            UserError: no such data, or not of this network; or nothing may be written beside the checkpoint.
         """
-        self.config, self.kind, self.network, self.val, self.tuned = config, kind, network, val, tuned
-        self.weights = Path(config.weights)
+        train, self.val = open_splits(config, ("train", "val"))
+        check_classes(trained.model.names, self.val.names, config.single_cls, config.weights)
+        imgsz = trained.model.whole_strides(config.imgsz or trained.imgsz or DEFAULT_IMGSZ)
+        network = self.network = trained.model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.config, self.weights, self.tuned = config, trained.path, trained.int8
         if not is_writable(folder := self.weights.absolute().parent):
             raise UserError(f"{folder}: the int8 file is written beside the weights, and nothing may be written there: copy the checkpoint elsewhere")
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
         stride = network.pad_stride if config.dynamic else None
-        self.loader = val_loader(val, imgsz, config.batch_size, stride, config.workers, _CPU)
+        self.loader = val_loader(self.val, imgsz, config.batch_size, stride, config.workers, _CPU)
         self.job = ExportJob(network, ExportMetadata.of(
             network, (imgsz, imgsz), dynamic=config.dynamic, precision="fp32", source=self.weights.name))
 
-    def run(self) -> bool:
-        """Write the int8 file; whether it loses no more than it may."""
+    def run(self, kind: Format) -> bool:
+        """Write the int8 file of a format; whether it loses no more than it may."""
         config, stem = self.config, self.weights.with_suffix("")
         tuned = " (fine-tuned for int8)" if self.tuned else ""
-        info(f"int8: {self.weights.name}{tuned} to {self.kind.name}, calibrated on {len(self.images)} training images of "
+        info(f"int8: {self.weights.name}{tuned} to {kind.name}, calibrated on {len(self.images)} training images of "
              f"{' x '.join(map(str, self.job.metadata.imgsz))} px; {machine(_CPU)}; the processor has {cpu_int8()}")
-        pytorch = self.score(self.network)  # first: its loader's workers must not be forked beside another runtime's threads
+        pytorch = self._pytorch  # first: its loader's workers must not be forked beside another runtime's threads
         if not pytorch.map:
             raise UserError(f"{self.weights}: finds nothing on the val images of {config.data}, so that int8 can't be judged: train it first, or "
                             "check --data")
         with TemporaryDirectory() as folder:
-            files = Int8Files(self.job, self.kind, self.images, Path(folder), self._ranges())
+            files = Int8Files(self.job, kind, self.images, Path(folder), self._ranges)
             reference = self.score(open_network(files.float_path))
             if reference.map < pytorch.map - _FLOAT_MAY_LOSE:
-                raise UserError(f"{self.weights}: its {self.kind.name} file has an mAP50-95 of {reference.map:.4f} before anything is rounded, where "
-                                f"PyTorch has {pytorch.map:.4f}: python export.py --weights {self.weights} --include {self.kind.name} shows "
+                raise UserError(f"{self.weights}: its {kind.name} file has an mAP50-95 of {reference.map:.4f} before anything is rounded, where "
+                                f"PyTorch has {pytorch.map:.4f}: python export.py --weights {quoted(self.weights)} --include {kind.name} shows "
                                 "how they differ")
             best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})
             rows = [Row("PyTorch fp32", pytorch, _tensor_bytes(self.network)), Row("float", reference, size_bytes(files.float_path)),
                     Row("int8", best.scores, size_bytes(made))]
-            info(table(rows, self.kind.name, timings))
+            info(table(rows, kind.name, timings))
             reached = best.drop <= config.max_drop
-            good, failed = (stem.with_name(f"{stem.name}_int8{ending}{self.kind.suffix}") for ending in ("", ".failed"))
+            good, failed = (stem.with_name(f"{stem.name}_int8{ending}{kind.suffix}") for ending in ("", ".failed"))
             path, other = (good, failed) if reached else (failed, good)
-            put(made, path, self.kind)
+            put(made, path, kind)
             if other.exists():
                 warn(f"{other}: is of an earlier run: not of these weights, or not of these settings")
         if config.sensitivity:
@@ -101,9 +114,14 @@ class Quantization:
         self._conclude(best, path, reached, f"{max(map(len, files.path_of))} of {len(files.layers)} layers")
         return reached
 
+    @functools.cached_property
     def _ranges(self) -> dict[str, Range] | None:
         """As the network was trained with, if it was: they are a function of its weights and these images, so that no file need keep them."""
         return measure_ranges(self.network, map(torch.from_numpy, self.images.shown("ranges"))) if self.tuned else None
+
+    @functools.cached_property
+    def _pytorch(self) -> Scores:
+        return self.score(self.network)
 
     def score(self, network: Network) -> Scores:
         metrics = validate(network, self.loader, self.val, _CPU, torch.float32, single_cls=self.config.single_cls).metrics()

@@ -1,18 +1,20 @@
-"""Where a network ends and the decoding of its maps begins, in a graph of any runtime."""
+"""Parts of a graph of any runtime: where a network ends and the decoding of its maps begins, and what belongs to a layer."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Hashable, Mapping
+from typing import NamedTuple, TypeVar
+
+Node = TypeVar("Node", bound=Hashable)
 
 
 class Tail(NamedTuple):
-    """Node names."""
+    """Nodes, as the graph calls them."""
 
-    last: frozenset[str]  # weighted layers that no weighted layer follows: Detect's convolutions
-    after: frozenset[str]  # nodes that no weighted layer follows and that are none: the decoding
+    last: frozenset  # weighted layers that no weighted layer follows: Detect's convolutions
+    after: frozenset  # nodes that no weighted layer follows and that are none: the decoding
 
 
-def find_tail(sources: Mapping[str, Collection[str]], weighted: Collection[str]) -> Tail:
+def find_tail(sources: Mapping[Node, Collection[Node]], weighted: Collection[Node]) -> Tail:
     """
     Args:
         sources: of each node, those that it reads from.
@@ -26,3 +28,17 @@ def find_tail(sources: Mapping[str, Collection[str]], weighted: Collection[str])
             before.add(name)
             open_ends += sources[name]
     return Tail(frozenset(set(weighted) - before), frozenset(sources.keys() - before - set(weighted)))
+
+
+def with_activation(layer: Node, sources: Mapping[Node, Collection[Node]], functions: Collection[Node]) -> set[Node]:
+    """The node and what depends on nothing but it and constants: its activation function.
+
+    Args:
+        sources: as of `find_tail`, in an order of computation.
+        functions: nodes that may belong to one.
+    """
+    unit = {layer}
+    for node, read in sources.items():
+        if node in functions and read and unit.issuperset(read):
+            unit.add(node)
+    return unit
