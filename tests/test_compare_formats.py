@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from tiny import data_yaml, tiny_model
+from tiny import data_yaml, label_by, lively_checkpoint
 
 import compare
-from utils.checkpoint import Checkpoint, save_checkpoint
+from models.yolo import load_model
 from utils.compare import formats
 from utils.compare.formats import FormatRow, find_formats, table
 from utils.errors import UserError
@@ -56,9 +56,8 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "_ROUNDS", 3)
     monkeypatch.setattr(formats, "_STARTS", 2)
     monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: False)
-    model = tiny_model(tmp_path)
-    save_checkpoint(tmp_path / "best.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
-    network = model.eval().fused().requires_grad_(False)
+    lively_checkpoint(tmp_path).rename(tmp_path / "best.pt")
+    network = load_model(str(tmp_path / "best.pt")).fused().requires_grad_(False)
 
     def write(kind: str, file: str, precision: str = "fp32", dynamic: bool = False, nms: GraphNms | None = None) -> None:
         metadata = ExportMetadata.of(network, (64, 64), dynamic=dynamic, precision=precision, source="best.pt", nms=nms)
@@ -74,12 +73,14 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
         write(kind, file, "fp16" if kind == "openvino" else "fp32")
     (tmp_path / "best_cut.onnx").write_bytes((tmp_path / "best.onnx").read_bytes()[:1000])
     data = data_yaml(tmp_path)
+    label_by(tmp_path / "best.pt", tmp_path / "images" / "val")
     assert compare.main(["--formats", str(tmp_path / "best.pt"), "--data", str(data), "--project", str(tmp_path / "out"), "--workers", "0"]) == 1
     with open(tmp_path / "out" / "exp" / "formats.csv", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"best.pt", "best.onnx", "best_nms.onnx", "best_cut.onnx", *others.values()} and "cut off" in rows["best_cut.onnx"]["problem"]
     for name in ("best.pt", "best.onnx", "best_nms.onnx", *others.values()):
         assert float(rows[name]["latency_ms"]) > 0 and float(rows[name]["start_s"]) > 0 and not rows[name]["problem"]
+    assert float(rows["best.pt"]["mAP50-95"]) > 0.1
     for name in ({"best.torchscript", "best_ncnn_model"} & rows.keys()):
         assert float(rows[name]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3), "all on squares, as these are"
     assert float(rows["best.onnx"]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3)

@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 from transplant import lived_in
 
+from models.detector import Detector
 from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
@@ -89,6 +90,18 @@ def data_yaml(folder: Path, train: int = 6, val: int = 4, side: int = 64) -> Pat
     path = folder / "tiny_data.yaml"
     path.write_text(yaml.safe_dump({"path": ".", "train": "images/train", "val": "images/val", "test": "images/test", "names": list(NAMES)}))
     return path
+
+
+def label_by(weights: Path, images: Path, conf: float = 0.3) -> None:
+    """New labels for a folder of images: what this checkpoint finds in each, so that its mAP there is not that of a network that nobody trained."""
+    detector = Detector(weights, "cpu", "fp32")
+    for path in images.iterdir():
+        (result,) = detector(path, conf=conf)
+        height, width = result.image.shape[:2]
+        boxes = [" ".join(f"{v:.6f}" for v in (*((a + b) / 2), *(b - a)))
+                 for a, b in result.xyxy.reshape(-1, 2, 2) / (width, height)]
+        lines = [f"{int(c)} {box}\n" for c, box in zip(result.cls, boxes, strict=True)]
+        (images.parents[1] / "labels" / images.name / f"{path.stem}.txt").write_text("".join(lines))
 
 
 def make_split(images: list[str], sizes: list[tuple[int, int]], boxes: list[np.ndarray], names: tuple[str, ...] = NAMES) -> Split:
