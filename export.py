@@ -10,7 +10,7 @@ Exit code 1: some format failed, which its line names; the others are done.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from utils.config import DEFAULT_IMGSZ, ExportConfig, QuantizeConfig, quoted
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     keep_freed_memory()
     formats = choose_formats(config.include)
+    _check_idle(config, [kind.name for kind in formats])
     if config.int8:
         settings = _int8_settings(config)
         load_plugin(config.plugin)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights, model, trained_at, _ = open_checkpoint(config.weights)
     network = model.fused().requires_grad_(False)
     images = check_images(config.data, config.data_root)
-    checked = f"{len(images)} images of {config.data}" if config.data else f"{len(images)} generated images (--data names your own)"
+    checked = f"{len(images)} images of {config.data}" if config.data else f"{len(images)} images of the project's (--data names your own)"
     sides = config.imgsz or (trained_at or DEFAULT_IMGSZ,)
     imgsz = network.whole_strides(sides[0]), network.whole_strides(sides[-1])
     nms = GraphNms(config.conf_thres, config.iou_thres, config.max_det) if config.nms else None
@@ -86,6 +87,20 @@ def _one_by_one(formats: Iterable[Format], write: Callable[[Format], bool]) -> i
             failed += 1
             print(f"error: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check_idle(config: ExportConfig, formats: Collection[str]) -> None:
+    """Refuse flags that would change nothing.
+
+    Raises:
+        UserError: naming the first.
+    """
+    of_nms = [name for name in ("conf_thres", "iou_thres", "max_det") if not config.nms]
+    of_onnx = [name for name in ("simplify", "opset") if not {"onnx", "engine"}.intersection(formats)]
+    for names, of in ((of_nms, "--nms, which puts suppression into the graph"), (of_onnx, "--include onnx and engine")):
+        for name in names:
+            if getattr(config, name) != getattr(ExportConfig, name):
+                raise UserError(f"--{name.replace('_', '-')}: is of {of}: leave it out")
 
 
 def _int8_settings(config: ExportConfig) -> QuantizeConfig:

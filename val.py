@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nms = NmsOptions(config.conf_thres, config.iou_thres, multi_label=True, max_det=config.max_det)
     nms = nms.with_one_class() if config.single_cls else nms
     weights.tell_limits(nms)
-    imgsz = weights.square_size(config.imgsz)
+    imgsz = weights.val_size(config.imgsz)
     (split,) = open_splits(config, ("val" if config.task == "speed" else config.task,))
     check_classes(weights.names, split.names, config.single_cls, config.weights)
     loader = val_loader(split, imgsz, config.batch_size, weights.pad_stride, config.workers, weights.device)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = validate(network, loader, split, weights.device, weights.dtype, nms, single_cls=config.single_cls)
     info(score_table(result, split, per_class=config.verbose or len(split.names) <= 20))
     info(f"speed: {result.speed.load:.1f} ms waiting for images, {result.speed.inference:.1f} ms inference, {result.speed.nms:.1f} ms NMS an image "
-         f"at {imgsz} px, batch {config.batch_size}, on {weights.description}")
+         f"at {'x'.join(map(str, imgsz)) if isinstance(imgsz, tuple) else imgsz} px, batch {config.batch_size}, on {weights.description}")
     if config.task == "speed" and (config.save_txt or config.save_json):
         warn("--task speed writes nothing: --save-txt and --save-json want another --task")
     if config.task != "speed":

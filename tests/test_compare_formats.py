@@ -59,14 +59,16 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     lively_checkpoint(tmp_path).rename(tmp_path / "best.pt")
     network = load_model(str(tmp_path / "best.pt")).fused().requires_grad_(False)
 
-    def write(kind: str, file: str, precision: str = "fp32", dynamic: bool = False, nms: GraphNms | None = None) -> None:
-        metadata = ExportMetadata.of(network, (64, 64), dynamic=dynamic, precision=precision, source="best.pt", nms=nms)
+    def write(kind: str, file: str, precision: str = "fp32", dynamic: bool = False, nms: GraphNms | None = None,
+              size: tuple[int, int] = (64, 64)) -> None:
+        metadata = ExportMetadata.of(network, size, dynamic=dynamic, precision=precision, source="best.pt", nms=nms)
         if FORMATS[kind].is_folder:
             (tmp_path / file).mkdir()
         FORMATS[kind].write(ExportJob(network, metadata, opset=17), tmp_path / file)
 
     write("onnx", "best.onnx", dynamic=True)
     write("onnx", "best_nms.onnx", nms=GraphNms(0.25, 0.45, 100))
+    write("onnx", "best_wide.onnx", size=(32, 64))
     others = {kind: f"best{FORMATS[kind].suffix}" for kind, needs in (("torchscript", "torch"), ("openvino", "openvino"), ("ncnn", "pnnx"))
               if is_installed(needs)}
     for kind, file in others.items():
@@ -77,8 +79,9 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     assert compare.main(["--formats", str(tmp_path / "best.pt"), "--data", str(data), "--project", str(tmp_path / "out"), "--workers", "0"]) == 1
     with open(tmp_path / "out" / "exp" / "formats.csv", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"best.pt", "best.onnx", "best_nms.onnx", "best_cut.onnx", *others.values()} and "cut off" in rows["best_cut.onnx"]["problem"]
-    for name in ("best.pt", "best.onnx", "best_nms.onnx", *others.values()):
+    whole = {"best.pt", "best.onnx", "best_nms.onnx", "best_wide.onnx", *others.values()}
+    assert set(rows) == whole | {"best_cut.onnx"} and "cut off" in rows["best_cut.onnx"]["problem"]
+    for name in whole:
         assert float(rows[name]["latency_ms"]) > 0 and float(rows[name]["start_s"]) > 0 and not rows[name]["problem"]
     assert float(rows["best.pt"]["mAP50-95"]) > 0.1
     for name in ({"best.torchscript", "best_ncnn_model"} & rows.keys()):
@@ -86,9 +89,11 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     assert float(rows["best.onnx"]["mAP50-95"]) == pytest.approx(float(rows["best.pt"]["mAP50-95"]), rel=1e-3)
     assert {rows[name]["precision"] for name in others.values()} == {"fp32", *(["fp16"] if "openvino" in others else [])}
     assert rows["best.onnx"]["imgsz"] == "64" and rows["best.onnx"]["machine"] and rows["best.onnx"]["threads"] == "1"
+    assert rows["best_wide.onnx"]["imgsz"] == "32x64" and float(rows["best_wide.onnx"]["mAP50-95"]) > 0
     assert "ONNX Runtime" in rows["best.onnx"]["runtime"] and cv2.imread(str(tmp_path / "out" / "exp" / "formats.png")).size
     printed = capsys.readouterr()
-    assert f"{3 + len(others)} exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err
+    assert "best_wide.onnx fp32 32x64: takes no other image size than that" in printed.out
+    assert f"{4 + len(others)} exported files beside it, at 64 px" in printed.out and "Traceback" not in printed.err
     assert "best_nms.onnx fp32 nms: " in printed.out and "best_nms.onnx: suppresses boxes itself, with --conf-thres 0.25" in printed.err
 
 
@@ -106,13 +111,12 @@ def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkey
         return run
 
     monkeypatch.setattr(formats, "_one", one)
-    def size_of(asked: int) -> int:
-        assert asked == 64, "all at one size"
-        return asked
+    def size_of(asked: int | None) -> int | tuple[int, int]:
+        return asked or (32, 64)
 
     comparison = object.__new__(formats.FormatComparison)
     comparison.imgsz, comparison.rows = 64, [FormatRow(Path(name), "fp32") for name in ("bad.onnx", "best.pt")]
-    comparison._open = lambda row, at_once: SimpleNamespace(runner=row.path.name, square_size=size_of, description="")
+    comparison._open = lambda row, at_once: SimpleNamespace(runner=row.path.name, val_size=size_of, description="", fixed=None)
     comparison._time(np.zeros((64, 64, 3), np.uint8))
     bad, best = comparison.rows
     assert bad.problem == "bad.onnx: other outputs" and bad.latency is None and best.latency.runs >= 3

@@ -16,8 +16,10 @@ from utils.boxes import cxcywh_to_xyxy
 from utils.config import ValConfig
 from utils.cpu import free_memory_bytes
 from utils.data import imagecache
+from utils.data.augment import letterbox
 from utils.data.dataset import Batch, RectDataset, Sample, TrainDataset, collate, rect_order, rect_targets, scaled_sizes
 from utils.data.imagecache import ImageCache, memory_limit
+from utils.data.images import read_image
 from utils.data.labels import Split
 from utils.data.loader import EpochBatches, make_loader, worker_count
 from utils.data.open import open_splits, val_loader
@@ -115,7 +117,18 @@ def test_rect_targets_by_hand() -> None:
     # ceil(1 * 640 / 32 + 0.5) = 21 -> 672; ceil(0.75 * 640 / 32 + 0.5) = 16 -> 512; ceil(640 / 3 / 32 + 0.5) = ceil(7.17) -> 256
     assert rect_targets(split, 640, 32, 2).tolist() == [[672, 672], [256, 672], [672, 512], [672, 672], [672, 512]]
     assert rect_targets(split, 640, None, 2).tolist() == [[640, 640]] * 5
+    assert rect_targets(split, (384, 640), None, 2).tolist() == [[640, 384]] * 5
     assert rect_targets(split, 640, 32, 2, pad=0.0).tolist() == [[640, 640], [224, 640], [640, 480], [640, 640], [640, 480]]
+
+
+@pytest.mark.parametrize("frame", [(32, 96), (96, 32), (64, 64)])
+def test_images_lie_in_a_frame_as_in_detection(frame: tuple[int, int], split: Split) -> None:
+    images = ImageCache(scaled_sizes(split, frame), "none", 0)
+    dataset = RectDataset(split, frame, images, rect_targets(split, frame, None, 3))
+    for index in range(len(SIZES)):
+        sample = dataset[0, index]
+        padded, place = letterbox(read_image(split.images[index]), frame, None)
+        assert sample.image.shape == padded.shape == (*frame, 3) and sample.letterbox == place
 
 
 def test_letterboxed_labels_go_back_exactly(split: Split) -> None:

@@ -255,9 +255,18 @@ def test_what_the_check_lets_pass(change, fp32: bool, fp16: bool, tiny):
 
 
 def test_boxes_that_only_the_file_finds(tiny):
-    hidden = Altered(tiny, times(4, 0.0))
-    agreement = compare(hidden, tiny, check_batches(check_images()[:1], (64, 64), None), TOLERANCES["fp32"], CPU)
-    assert not agreement.holds
+    """One of them, which is less than the share of rows that may stray."""
+    batches = check_batches(check_images()[:3], (64, 64), None)
+    boxes = tiny.decode(tiny(batches[0].float() / 255))
+    image, row = divmod(int((boxes[..., 4] * boxes[..., 5:].amax(-1)).argmax()), boxes.shape[1])
+
+    def hide(found: Tensor) -> Tensor:
+        found[image, row, 4] = 0
+        return found
+
+    for pair in ((Altered(tiny, hide), tiny), (tiny, Altered(tiny, hide))):
+        agreement = compare(*pair, batches, TOLERANCES["fp32"], CPU)
+        assert agreement.unmatched == 1 and 0 < agreement.strayed < 0.002 and not agreement.holds
 
 
 def test_differences_by_hand(tiny):
@@ -282,7 +291,7 @@ def test_a_network_that_is_sure_of_nothing_is_compared_too(tiny):
 
 def test_images_of_the_check(tmp_path: Path):
     generated = check_images()
-    assert len(generated) == 8 and len({image.shape for image in generated}) > 1
+    assert len(generated) == 8 and len({image.shape for image in generated}) > 5
     assert [tuple(b.shape) for b in check_batches(generated[:5], (96, 64), None)] == [(4, 3, 96, 64), (1, 3, 96, 64)]
     free = check_batches(generated, (256, 256), 32)
     assert len(free) == 2 + 8 and len({b.shape for b in free[2:]}) > 1
@@ -337,7 +346,8 @@ def test_a_network_that_cannot_be_dynamic(kind: str, tiny, tmp_path: Path):
     rigid = lively(Rigid(tiny.spec, tiny.names))
     with pytest.raises(UserError, match=rf"^{kind}: .*without --dynamic it may go$") as caught:
         produce(job_of(rigid, (256, 256), dynamic=True), FORMATS[kind], tmp_path / "rigid", check_images()[:3], rigid, CPU)
-    assert str(tmp_path) not in str(caught.value) and list(tmp_path.iterdir()) == []
+    aside = tmp_path / f"rigid.mismatch{FORMATS[kind].suffix}"
+    assert str(caught.value).count(str(tmp_path)) == 1 and f"kept aside as {aside}" in str(caught.value) and list(tmp_path.iterdir()) == [aside]
     assert produce(job_of(rigid, (256, 256)), FORMATS[kind], tmp_path / "rigid", check_images()[:1], rigid, CPU).exists()
 
 

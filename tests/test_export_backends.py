@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.weights import open_weights
 from models.yolo import DetectionModel
+from utils.cpu import cpu_has_native_bf16
 from utils.errors import UserError
 from utils.export import backends
 from utils.export.backends import find_exported, is_exported, open_network
@@ -123,21 +124,22 @@ def test_a_static_file_takes_its_own_size_only(name: str, files):
     assert weights.image_size(None) == weights.image_size((64, 96)) == weights.image_size((60, 90)) == (64, 96)
     with pytest.raises(UserError, match=r"takes images of 64 96 px only: leave out --imgsz, or export it with --imgsz 128 128 or --dynamic"):
         weights.image_size((128,))
-    with pytest.raises(UserError, match=r"validation needs square ones: export it with --imgsz 96 or --dynamic"):
-        weights.square_size(None)
+    assert weights.val_size(None) == (64, 96)
+    with pytest.raises(UserError, match=r"takes images of 64 96 px only: leave out --imgsz"):
+        weights.val_size(96)
 
 
 @pytest.mark.parametrize("name", FLEXIBLE)
 def test_a_dynamic_file_takes_any_size(name: str, files):
     weights = open_weights(str(files[f"{name} dynamic"]), "cpu", "fp32")
     assert (weights.fixed, weights.pad_stride, weights.max_stride, weights.imgsz) == (None, 32, 32, (64, 96))
-    assert weights.image_size(None) == (64, 96) and weights.image_size((100,)) == (128, 128) and weights.square_size(None) == 96
+    assert weights.image_size(None) == (64, 96) and weights.image_size((100,)) == (128, 128) and weights.val_size(None) == 96
     assert weights.names == ("red", "green") and name in weights.description.lower()
 
 
 def test_the_checkpoints_own_door(shared):
     weights = open_weights(str(shared / "weights" / "yolov5n.pt"), "cpu", "fp32")
-    assert weights.image_size(None) == (640, 640) and weights.square_size(100) == 128 and (weights.pad_stride, weights.fixed) == (32, None)
+    assert weights.image_size(None) == (640, 640) and weights.val_size(100) == 128 and (weights.pad_stride, weights.fixed) == (32, None)
 
 
 def test_no_other_device(files):
@@ -146,8 +148,15 @@ def test_no_other_device(files):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_openvino_computes_in_the_precision_asked_for(precision: str, files):
-    assert f", {precision}, 1 threads" in open_weights(str(files["openvino static"]), "", precision).description
+def test_openvino_computes_in_the_precision_asked_for(precision: str, files, monkeypatch):
+    monkeypatch.setattr(backends, "cpu_threads", lambda: 2)
+    weights = open_weights(str(files["openvino static"]), "", precision, at_once=2)
+    assert f", {precision}, 2 threads" in weights.description
+    compiled = weights.network._session._compiled
+    settings = {name: str(compiled.get_property(name)) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING")}
+    assert settings == {"NUM_STREAMS": "2", "INFERENCE_NUM_THREADS": "2", "ENABLE_CPU_PINNING": "False"}
+    native = precision == "fp32" or cpu_has_native_bf16()
+    assert not native or {"fp32": "float32", "bf16": "bfloat16"}[precision] in str(compiled.get_property("INFERENCE_PRECISION_HINT"))
 
 
 # --- files of other projects ---------------------------------------------------------------------------------------------------------------
@@ -173,7 +182,7 @@ def test_a_size_that_is_not_in_whole_strides(tiny, tmp_path: Path):
     (tmp_path / "my.yaml").write_text("train: images\nnames: [cat, dog]\n")
     to_onnx(InferenceGraph(tiny), torch.zeros(1, 3, 100, 100), tmp_path / "a.onnx", opset=17)
     weights = open_weights(str(tmp_path / "a.onnx"), "", "fp32", str(tmp_path / "my.yaml"))
-    assert weights.image_size(None) == weights.image_size((100,)) == (100, 100) and weights.square_size(None) == 100
+    assert weights.image_size(None) == weights.image_size((100,)) == (100, 100) and weights.val_size(None) == 100
     with pytest.raises(UserError, match="takes images of 100 100 px only"):
         weights.image_size((96,))
 

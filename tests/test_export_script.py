@@ -77,7 +77,7 @@ def test_files_and_what_is_said(place: Path, tmp_path: Path, capfd):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt", "mine.torchscript", "mine_openvino_model"]
     assert sorted(p.name for p in (tmp_path / "mine_openvino_model").iterdir()) == ["mine.bin", "mine.xml"]
     assert (tmp_path / "mine.pt").read_bytes() == save
-    assert "64x96 px, fp16" in out and "raw outputs of 4 images" in out  # the val split's
+    assert "64x96 px, fp16" in out and "raw outputs of 4 inputs" in out  # the val split's
     for name in ("mine.onnx", "mine.torchscript", "mine_openvino_model"):
         assert f"--weights {tmp_path / name} --source" in out and re.search(rf"{name}: [\d.]+ MiB.*max .*mean .* px.*have their partner", out)
         metadata = open_network(tmp_path / name).metadata
@@ -125,6 +125,14 @@ def test_static_files_get_squares(place: Path, capfd, monkeypatch):
         assert_scores(each, expected)
 
 
+def test_a_file_that_is_not_square_is_scored_at_its_own_size(place: Path, tmp_path: Path, capfd):
+    (tmp_path / "tiny.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    assert export.main([*weights(tmp_path / "tiny.pt"), "--imgsz", "64", "96"]) == 0
+    wide = scores(place, tmp_path / "tiny.onnx", capfd=capfd)
+    assert export.main([*weights(tmp_path / "tiny.pt"), "--imgsz", "96", "96"]) == 0
+    assert len(wide) == len(scores(place, tmp_path / "tiny.onnx", capfd=capfd))
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_boxes_are_the_checkpoints(kind: str, place: Path, capfd):
     """In images of three shapes, so that a dynamic file is given three sizes."""
@@ -158,6 +166,8 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
+    ("export", ["--conf", "0.5"], "--conf-thres: is of --nms, .*: leave it out"),
+    ("export", ["--include", "openvino", "ncnn", "--simplify"], "--simplify: is of --include onnx and engine: leave it out"),
     ("export", ["--int8"], r"--int8: is calibrated on the train split .* --data my_set\.yaml"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--half", "--batch", "2"], "--int8: goes without --half and --batch-size"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--imgsz", "64", "96"], "--int8: is scored on square images: --imgsz 96, a single number"),

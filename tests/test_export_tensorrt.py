@@ -60,7 +60,7 @@ def test_an_engine_and_what_it_finds(precision: str, tiny, tmp_path: Path, capfd
 
     network = open_network(path)
     assert network.metadata == job_of(tiny, precision=precision).metadata and network.fixed == network.imgsz == (64, 96)
-    assert network.names == tiny.names and network.batch == 2 and network.description == "TensorRT 11.4.0, NVIDIA Some GPU"
+    assert network.names == tiny.names and network.batch == 2 and network.description == f"TensorRT 11.4.0, NVIDIA Some GPU, {precision} file"
     images = torch.rand(3, 3, 64, 96)  # more than its batch, and not a multiple of it
     atol = 1e-3 if precision == "fp32" else 0.3
     torch.testing.assert_close(network(images), tiny.decode(tiny(images)), rtol=1e-3, atol=atol)

@@ -80,6 +80,12 @@ def centre_in(size: tuple[int, int], scaled: tuple[int, int], target: tuple[int,
     return Letterbox(new_w / width, new_h / height, (target_w - new_w) // 2, (target_h - new_h) // 2, width, height)
 
 
+def fitted(size: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """`size` (width, height) as it fits into `frame` (height, width), its aspect kept."""
+    width, height = size
+    return scaled_to(size, min(frame[0] * max(size) // height, frame[1] * max(size) // width))
+
+
 def scaled_to(size: tuple[int, int], longer_side: int) -> tuple[int, int]:
     """`size` (width, height) with its longer side brought to `longer_side` and its aspect kept, rounded up to whole pixels."""
     return -(-size[0] * longer_side // max(size)), -(-size[1] * longer_side // max(size))

@@ -53,7 +53,7 @@ class OpenWeights(Protocol):
     @property
     def runner(self) -> Runner: ...
 
-    def square_size(self, asked: int | None) -> int: ...
+    def val_size(self, asked: int | None) -> int | tuple[int, int]: ...
 
     def tell_limits(self, options: NmsOptions) -> None: ...
 
@@ -72,6 +72,7 @@ class FormatRow:
         start_s: from `detect.py`'s command for one image to its exit.
         problem: why something is missing; empty where all is known.
         suppresses: boxes itself.
+        frame: height and width of its images, where it takes others than those that are compared.
     """
 
     path: Path
@@ -83,10 +84,11 @@ class FormatRow:
     start_s: float | None = None
     problem: str = ""
     suppresses: bool = False
+    frame: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.path.name} {self.precision}{' nms' * self.suppresses}"
+        return f"{self.path.name} {self.precision}{' nms' * self.suppresses}{self.frame and f' {self.frame}'}"
 
     @property
     def mib(self) -> float:
@@ -124,7 +126,7 @@ class FormatComparison:
             raise UserError(f"--formats {config.formats}: is an exported file: name the checkpoint that it lies beside")
         self.weights = find_file(config.formats, [ROOT], "weights file")
         self.rows = find_formats(self.weights)
-        self.imgsz = self._open(self.rows[0]).square_size(config.imgsz)
+        self.imgsz = self._open_weights(str(self.weights), "cpu", "fp32", config.data, config.data_root, None).val_size(config.imgsz)
         self.folder = Path(config.project).expanduser() / config.name
 
     @property
@@ -139,6 +141,8 @@ class FormatComparison:
             squares = any([self._is_fixed(row) for row in self.rows])
             if squares:
                 info("scored on squares, as some of the files take nothing else: val.py's own batches of the others are padded less")
+            if others := [row.name for row in self.rows if row.frame]:
+                info(f"{', '.join(others)}: takes no other image size than that, and is scored and timed with it")
             for row in self.rows:
                 if not row.problem:
                     with _Noted(row):
@@ -154,20 +158,22 @@ class FormatComparison:
         if stored and (stored.precision, row.precision) == ("fp16", "fp32"):
             row.precision = "fp16"
         row.suppresses = weights.nms is not None
+        row.frame = "" if weights.fixed in (None, (self.imgsz, self.imgsz)) else "x".join(map(str, weights.fixed))
         return weights
 
     def _is_fixed(self, row: FormatRow) -> bool:
         with _Noted(row):
-            weights = self._open(row)
-            weights.square_size(self.imgsz)  # a file that can't be scored decides nothing
-            return weights.fixed is not None
+            return self._open(row).fixed is not None
         return False
+
+    def _size(self, weights: OpenWeights) -> int | tuple[int, int]:
+        return weights.val_size(None if weights.fixed else self.imgsz)
 
     def _score(self, row: FormatRow, split: Split, squares: bool) -> None:
         weights = self._open(row)
         weights.tell_limits(VALIDATION.with_one_class() if self.config.single_cls else VALIDATION)
         check_classes(weights.names, split.names, self.config.single_cls, str(row.path))
-        imgsz = weights.square_size(self.imgsz)
+        imgsz = self._size(weights)
         loader = val_loader(split, imgsz, _VAL_BATCH, None if squares else weights.pad_stride, self.config.workers, weights.device)
         metrics = validate(weights.network, loader, split, weights.device, weights.dtype, single_cls=self.config.single_cls).metrics()
         row.map50, row.map = metrics["mAP50"], metrics["mAP50-95"]
@@ -190,7 +196,7 @@ class FormatComparison:
 
     def _started(self, row: FormatRow, picture: Path) -> float:
         flags = ["--weights", str(row.path), "--source", str(picture), "--project", str(picture.parent), "--device", "cpu",
-                 "--imgsz", str(self.imgsz), "--precision", _asked(row)]
+                 "--precision", _asked(row), *([] if row.frame else ["--imgsz", str(self.imgsz)])]
         flags += [word for flag in ("data", "plugin") if (value := getattr(self.config, flag)) for word in (f"--{flag}", value)]
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(ROOT / "detect.py"), *flags], capture_output=True, text=True)
@@ -205,8 +211,8 @@ class FormatComparison:
             with _Noted(row):
                 weights = self._open(row, at_once=1)
                 row.description = weights.description
-                side = weights.square_size(self.imgsz)
-                padded, _ = letterbox(image, (side, side), None)
+                size = self._size(weights)
+                padded, _ = letterbox(image, size if isinstance(size, tuple) else (size, size), None)
                 run = _one(weights.runner, padded[None])
                 run()
                 runs[row.name] = run
@@ -224,7 +230,7 @@ class FormatComparison:
         if timings and timings.remark:
             warn(timings.remark)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_csv(self.folder / "formats.csv", _COLUMNS, ((*_cells(row), self.imgsz, cpu_name(), cpu_threads()) for row in self.rows))
+        write_csv(self.folder / "formats.csv", _COLUMNS, ((*_cells(row), row.frame or self.imgsz, cpu_name(), cpu_threads()) for row in self.rows))
         if not self.config.noplots:
             bars = {"mAP50-95": [row.map for row in self.rows], "latency, ms": [row.latency and row.latency.p50_ms for row in self.rows],
                     "start-up, s": [row.start_s for row in self.rows], "size, MiB": [row.mib for row in self.rows]}

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from utils.boxes import Letterbox, centre_in, clip_xyxy, scaled_to
+from utils.boxes import Letterbox, centre_in, clip_xyxy, fitted
 from utils.hyp import Hyp
 
 GREY = 114  # the padding that YOLO networks are trained with
@@ -41,8 +41,7 @@ def letterbox(image: np.ndarray, imgsz: tuple[int, int], stride: int | None) -> 
     ones, and the other filter moves boxes by up to 10 px.
     """
     height, width = image.shape[:2]
-    longer = min(imgsz[0] * max(height, width) // height, imgsz[1] * max(height, width) // width)
-    scaled = scaled_to((width, height), longer)
+    scaled = fitted((width, height), imgsz)
     target = (math.ceil(scaled[0] / stride) * stride, math.ceil(scaled[1] / stride) * stride) if stride else (imgsz[1], imgsz[0])
     resized = image if scaled == (width, height) else cv2.resize(image, scaled, interpolation=cv2.INTER_LINEAR)
     place = centre_in((width, height), scaled, target)

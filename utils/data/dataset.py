@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.boxes import Letterbox, centre_in, cxcywh_to_xyxy, scaled_to, xyxy_to_cxcywh
+from utils.boxes import Letterbox, centre_in, cxcywh_to_xyxy, fitted, xyxy_to_cxcywh
 from utils.data import augment
 from utils.data.imagecache import ImageCache
 from utils.data.images import ImageError, read_image
@@ -17,6 +17,8 @@ from utils.hyp import Hyp
 from utils.log import warn
 
 Key = tuple[int, ...]  # (epoch, index), drawn for the n-th time (epoch, index, n): all that a sample's randomness depends on, besides the seed
+
+Frame = int | tuple[int, int]  # what images are scaled to: a longer side, or the (height, width) that they fit into
 
 
 class Sample(NamedTuple):
@@ -36,12 +38,13 @@ class Batch(NamedTuple):
 class _Images:
     """Reading through the cache; a file that no longer decodes is reported once and stands in as grey without boxes."""
 
-    def __init__(self, split: Split, imgsz: int, cache: ImageCache, reduced_decode: bool) -> None:
-        self.split, self.imgsz, self.cache, self.reduced_decode = split, imgsz, cache, reduced_decode
+    def __init__(self, split: Split, imgsz: Frame, cache: ImageCache, reduced_decode: bool) -> None:
+        self.split, self.cache, self.reduced_decode = split, cache, reduced_decode
+        self._sizes = scaled_sizes(split, imgsz)
         self._reported: set[int] = set()
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W, 3) BGR with its longer side at imgsz, and its (n, 5) boxes, normalised."""
+        """(H, W, 3) BGR, scaled to imgsz, and its (n, 5) boxes, normalised."""
         boxes = self.split.boxes[index]
         try:
             return self.cache.get(index, lambda: self._decode(index)), boxes
@@ -49,23 +52,20 @@ class _Images:
             if index not in self._reported:
                 self._reported.add(index)
                 warn(f"{error}; a grey image stands in for it, whose objects a validation counts as missed")
-            width, height = scaled_to(self._size(index), self.imgsz)
+            width, height = self._sizes[index]
             return np.full((height, width, 3), augment.GREY, np.uint8), boxes[:0]
 
     def _decode(self, index: int) -> np.ndarray:
-        size = self._size(index)
+        whole, scaled = max(self.split.sizes[index]), tuple(self._sizes[index].tolist())
         # JPEG can be decoded at a half, a quarter or an eighth for nearly nothing; training does not mind the softer filter.
-        reduce = max((r for r in (1, 2, 4, 8) if max(size) >= r * self.imgsz), default=1) if self.reduced_decode else 1
-        return augment.resize(read_image(self.split.images[index], reduce), scaled_to(size, self.imgsz))
-
-    def _size(self, index: int) -> tuple[int, int]:
-        width, height = self.split.sizes[index]
-        return int(width), int(height)
+        reduce = max((r for r in (1, 2, 4, 8) if whole >= r * max(scaled)), default=1) if self.reduced_decode else 1
+        return augment.resize(read_image(self.split.images[index], reduce), scaled)
 
 
-def scaled_sizes(split: Split, imgsz: int) -> np.ndarray:
-    """(N, 2) width, height of each image with its longer side at `imgsz`."""
-    return np.array([scaled_to((int(w), int(h)), imgsz) for w, h in split.sizes], np.int32).reshape(-1, 2)
+def scaled_sizes(split: Split, imgsz: Frame) -> np.ndarray:
+    """(N, 2) width, height of each image with its longer side at `imgsz`, or fitted into (height, width)."""
+    frame = imgsz if isinstance(imgsz, tuple) else (imgsz, imgsz)
+    return np.array([fitted((int(w), int(h)), frame) for w, h in split.sizes], np.int32).reshape(-1, 2)
 
 
 class TrainDataset(torch.utils.data.Dataset):
@@ -104,7 +104,7 @@ class TrainDataset(torch.utils.data.Dataset):
 class RectDataset(torch.utils.data.Dataset):
     """Samples letterboxed to a shape that each batch shares: validation, and training with --rect (then flipped and recoloured, no mosaic)."""
 
-    def __init__(self, split: Split, imgsz: int, cache: ImageCache, targets: np.ndarray, hyp: Hyp | None = None, seed: int = 0) -> None:
+    def __init__(self, split: Split, imgsz: Frame, cache: ImageCache, targets: np.ndarray, hyp: Hyp | None = None, seed: int = 0) -> None:
         """
         Args:
             targets: (N, 2) width, height that each image is padded to; see `rect_targets`.
@@ -149,13 +149,13 @@ def rect_order(split: Split) -> np.ndarray:
     return np.argsort(split.sizes[:, 1] / split.sizes[:, 0], kind="stable")
 
 
-def rect_targets(split: Split, imgsz: int, stride: int | None, batch_size: int, pad: float = 0.5) -> np.ndarray:
+def rect_targets(split: Split, imgsz: Frame, stride: int | None, batch_size: int, pad: float = 0.5) -> np.ndarray:
     """(N, 2) width, height for each image: the shape that its batch of `rect_order` shares, `ceil(side * imgsz / stride + pad) * stride`.
 
-    `side` is the largest of the batch, relative to each image's longer one. Without a stride all are squares of `imgsz`.
+    `side` is the largest of the batch, relative to each image's longer one. Without a stride all are squares of `imgsz`, or of its height and width.
     """
     if stride is None:
-        return np.full((len(split.sizes), 2), imgsz, np.int64)
+        return np.full((len(split.sizes), 2), imgsz[::-1] if isinstance(imgsz, tuple) else imgsz, np.int64)
     sides = split.sizes / split.sizes.max(1, keepdims=True)
     targets = np.empty((len(sides), 2), np.int64)
     order = rect_order(split)

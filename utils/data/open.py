@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils.config import DataOptions
-from utils.data.dataset import RectDataset, rect_order, rect_targets, scaled_sizes
+from utils.data.dataset import Frame, RectDataset, rect_order, rect_targets, scaled_sizes
 from utils.data.download import cut_off, download
 from utils.data.imagecache import CacheMode, ImageCache
 from utils.data.labels import Split, load_split
@@ -35,10 +35,10 @@ def open_splits(options: DataOptions, names: Sequence[str]) -> list[Split]:
 
 
 def val_loader(
-    split: Split, imgsz: int, batch_size: int, stride: int | None, workers: int, device: torch.device,
+    split: Split, imgsz: Frame, batch_size: int, stride: int | None, workers: int, device: torch.device,
     cache: CacheMode = "none", limit_bytes: int = 0, folder: Path | None = None,
 ) -> DataLoader:
-    """Rectangular batches of a split in a fixed order, squares without a `stride`; see `RectDataset` and `ImageCache` for the arguments."""
+    """Rectangular batches of a split in a fixed order, all of `imgsz` without a `stride`; see `RectDataset` and `ImageCache` for the arguments."""
     images = ImageCache(scaled_sizes(split, imgsz), cache, limit_bytes, folder)
     dataset = RectDataset(split, imgsz, images, rect_targets(split, imgsz, stride, batch_size))
     return make_loader(dataset, EpochBatches(rect_order(split), batch_size), worker_count(workers), device.type == "cuda")

@@ -70,7 +70,8 @@ class ExportedNetwork:
             self.names, self.max_stride = told or tuple(names()), stride or _USUAL_STRIDE
         self.nms = self.metadata.nms if self.metadata else None
         self.imgsz = self.fixed or (self.metadata.imgsz if self.metadata else None)
-        self.description = session.description
+        stored = self.metadata.precision if self.metadata else ""
+        self.description = f"{session.description}{'' if stored in session.description else f', {stored} file'}"
         self._check_boxes(session.outputs)
 
     @property

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
+import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,18 +74,19 @@ class Agreement:
             f"all {self.boxes} boxes above {self.threshold:.2g} have their partner")
         if self.strayed > _MAY_STRAY:
             matched += f", but {self.strayed:.1%} of all rows are further apart than they may be"
-        return (f"{self.what} of {self.images} images differ by max {self.box_px[0]:.2g}, mean {self.box_px[1]:.2g} px in boxes and "
+        return (f"{self.what} of {self.images} inputs differ by max {self.box_px[0]:.2g}, mean {self.box_px[1]:.2g} px in boxes and "
                 f"max {self.score[0]:.2g}, mean {self.score[1]:.2g} in scores; {matched}")
 
 
 def check_images(data: str = "", data_root: str = "") -> list[np.ndarray]:
-    """A few images (H, W, 3) uint8 BGR, evenly from the val split of a data YAML where one is named, else generated.
+    """A few images (H, W, 3) uint8 BGR, evenly from the val split of a data YAML where one is named, else generated ones and a photograph's views.
 
     Raises:
         UserError: no such data, or none of its images can be read.
     """
     if not data:
-        return [render(seed).image for seed in range(_IMAGES)]
+        views = _photographs()
+        return [*(render(seed).image for seed in range(_IMAGES - len(views))), *views]
     paths = load_split(load_data_spec(data, data_root or None), "val").images
     count = min(_IMAGES, len(paths))
     images = []
@@ -95,6 +98,18 @@ def check_images(data: str = "", data_root: str = "") -> list[np.ndarray]:
     if not images:
         raise UserError(f"{data}: none of {count} images of its val split can be read: mend them, or check on generated ones without --data")
     return images
+
+
+def _photographs() -> list[np.ndarray]:
+    """Grace Hopper, 1983, in the public domain (U.S. Navy), which Matplotlib brings: whole, mirrored, beside her mirror image, in rows of three;
+    none where a system's package of Matplotlib leaves it out."""
+    try:
+        whole = read_image(str(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"))
+    except ImageError:
+        return []
+    mirrored = np.ascontiguousarray(whole[:, ::-1])
+    half = cv2.resize(whole, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    return [whole, mirrored, np.hstack((whole, mirrored)), np.tile(half, (2, 3, 1))]
 
 
 def check_batches(images: Sequence[np.ndarray], imgsz: tuple[int, int], stride: int | None) -> list[Tensor]:

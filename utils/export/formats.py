@@ -22,7 +22,7 @@ from utils.export.torchscript import TORCHSCRIPT_SUFFIX
 from utils.export.trailer import append_trailer
 from utils.extras import import_extra, pip_install
 from utils.files import did_you_mean
-from utils.log import info
+from utils.log import info, warn
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def write_openvino(job: ExportJob, folder: Path) -> None:
 def write_ncnn(job: ExportJob, folder: Path) -> None:
     if job.metadata.dynamic:
         raise UserError("an ncnn graph holds one image size")
+    _tell_batch(job, "an ncnn graph")
     stem = folder / Path(job.metadata.source).stem
     to_ncnn(InferenceGraph(job.network), job.example()[:1], *(Path(f"{stem}{ending}") for ending in NCNN_FILES), half=job.half)
     write_ncnn_metadata(folder, job.metadata)
@@ -142,7 +143,13 @@ def write_tflite(job: ExportJob, path: Path) -> None:
 def write_coreml(job: ExportJob, folder: Path) -> None:
     if job.metadata.dynamic:
         raise UserError("a Core ML graph holds one image size")
+    _tell_batch(job, "a Core ML graph")
     to_coreml(InferenceGraph(job.network, half=job.half), job.example()[:1], folder, job.metadata.to_props())
+
+
+def _tell_batch(job: ExportJob, what: str) -> None:
+    if job.batch_size > 1:
+        warn(f"--batch-size {job.batch_size}: {what} takes one image at a time: batches run one by one")
 
 
 FORMATS = {

@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,39 +42,49 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
     start = time.perf_counter()
     if job.metadata.nms and not kind.suppresses:
         raise UserError(f"{kind.name}: --nms goes into {' and '.join(f.name for f in FORMATS.values() if f.suppresses)} only: leave it out")
-    with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary:
-        agreement = _write_and_check(job, kind, temporary, images, reference, device, TOLERANCES[job.metadata.precision])
-        if agreement is None:
+    with (atomic_folder if kind.is_folder else atomic_write)(path) as temporary, _named_errors(job, kind, temporary):
+        _write(job, kind, temporary, device)
+        if kind.elsewhere:
             _keep_aside(temporary, unchecked)
-            raise UserError(f"{kind.name}: written as {unchecked}, unchecked: {kind.elsewhere}")
-        if job.metadata.nms and not agreement.boxes:
-            agreement = _check_below(job, kind, images, reference, device)
-        if not agreement.holds:
+            raise UserError(f"written as {unchecked}, unchecked: {kind.elsewhere}")
+        try:
+            agreement = _check(job, temporary, images, reference, device, TOLERANCES[job.metadata.precision])
+            if job.metadata.nms and not agreement.boxes:
+                agreement = _check_below(job, kind, images, reference, device)
+            if not agreement.holds:
+                raise UserError(f"does not find what the checkpoint finds: {agreement}")
+        except UserError as error:
             _keep_aside(temporary, aside)
-            raise UserError(f"{kind.name}: does not find what the checkpoint finds: {agreement}; kept aside as {aside}")
+            raise UserError(f"{error}; kept aside as {aside}") from error
     info(f"{kind.name}: {path}: {size_bytes(path) / 2**20:.1f} MiB, in {time.perf_counter() - start:.1f} s; {agreement}")
     return path
 
 
-def _write_and_check(
-    job: ExportJob, kind: Format, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device, tolerance: Tolerance
-) -> Agreement | None:
-    """None where the format's files run on other machines only."""
+@contextmanager
+def _named_errors(job: ExportJob, kind: Format, path: Path) -> Iterator[None]:
+    """The format before what is wrong, and not the name that its file has meanwhile."""
     try:
-        with foreign_errors("this network can't be converted"), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kind.write(job, path)
-        if kind.elsewhere:
-            return None
-        exported = open_network(path, device=str(device) if device.type == "cuda" else "")
-        batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
-        with full_float32():
-            if job.metadata.nms:
-                return compare_final(reference, exported, job.metadata.nms, batches, tolerance, device)
-            return compare(reference, exported, batches, tolerance, device)
+        yield
     except UserError as error:
-        reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))  # the file's name meanwhile
+        reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))
         hint = "; without --dynamic it may go" if job.metadata.dynamic and not reason.startswith("--") else ""
         raise UserError(f"{kind.name}: {reason}{hint}") from error
+
+
+def _write(job: ExportJob, kind: Format, path: Path, device: torch.device) -> None:
+    with foreign_errors("this network can't be converted"), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kind.write(job, path)
+
+
+def _check(
+    job: ExportJob, path: Path, images: Sequence[np.ndarray], reference: Network, device: torch.device, tolerance: Tolerance
+) -> Agreement:
+    exported = open_network(path, device=str(device) if device.type == "cuda" else "")
+    batches = check_batches(images, job.metadata.imgsz, exported.pad_stride)
+    with full_float32():
+        if job.metadata.nms:
+            return compare_final(reference, exported, job.metadata.nms, batches, tolerance, device)
+        return compare(reference, exported, batches, tolerance, device)
 
 
 def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], reference: Network, device: torch.device) -> Agreement:
@@ -87,7 +97,9 @@ def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], ref
         path = Path(folder) / f"lower{kind.suffix}"
         if kind.is_folder:
             path.mkdir()
-        agreement = _write_and_check(dataclasses.replace(job, metadata=metadata), kind, path, images, reference, device, smaller)
+        lowered = dataclasses.replace(job, metadata=metadata)
+        _write(lowered, kind, path, device)
+        agreement = _check(lowered, path, images, reference, device, smaller)
     return dataclasses.replace(agreement, what=f"neither has a box above {job.metadata.nms.conf_thres:g}; with a lower threshold final boxes")
 
 

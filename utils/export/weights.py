@@ -89,15 +89,15 @@ class OpenNetwork:
         if self.batch and self.batch > 1:
             _warn_once(f"{self.path}: takes {self.batch} images at once, so that each one alone costs as much: export it without --batch-size")
 
-    def square_size(self, asked: int | None) -> int:
-        """`image_size` for those who scale each image's longer side to one number: the longer side of what it was made for.
+    def val_size(self, asked: int | None) -> int | tuple[int, int]:
+        """`image_size` for validation, which scales each image's longer side to one number, the longer side of what the network was made for; of a
+        file that takes no squares (height, width).
 
         Raises:
-            UserError: likewise, or it takes no square images.
+            UserError: likewise.
         """
         if self.fixed and self.fixed[0] != self.fixed[1]:
-            raise UserError(f"{self.path}: takes images of {self.fixed[0]}x{self.fixed[1]} px only, and validation needs square ones: "
-                            f"export it with --imgsz {max(self.fixed)} or --dynamic")
+            return self.image_size((asked,) if asked else None)
         return self.image_size((asked or max(self.imgsz or (DEFAULT_IMGSZ,)),))[0]
 
 
