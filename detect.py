@@ -5,7 +5,7 @@
     python detect.py --weights best_openvino_model/ --source street.mp4
     python detect.py --weights yolov5n.pt --source rtsp://camera/stream --nosave --save-csv
 
-Exit code 1: an image could not be read, or a video broke off, which a line names; the rest is done.
+Exit code 2, as after any mistake, also where an image could not be read or a video broke off, which a line names; the rest is done.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from utils.config import DetectConfig
-from utils.errors import script
+from utils.errors import USER_ERROR, script
 from utils.flags import parse
 from utils.threads import wait_politely
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
          f"{tally.images / tally.seconds:.1f} images/s at {imgsz[0]}x{imgsz[1]} px, on {weights.description}")
     if writer.folder:
         info(f"results: {writer.folder}")
-    return 1 if source.missed else 0
+    return USER_ERROR if source.missed else 0
 
 
 if __name__ == "__main__":

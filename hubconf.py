@@ -13,6 +13,7 @@ The caller's own `models` and `utils` packages stay what they are: see `_own_pac
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import sys
 import threading
@@ -69,11 +70,16 @@ def _is_ours(name: str, module: typing.Any) -> bool:
 
 
 with _own_packages():
-    from models import hub_model, spec, weights, yolo
+    from models import detector, hub_model, spec, weights, yolo
     from models import plugin as plugins
-    from models.detector import Detector  # noqa: F401  (an entry)
     from utils import device as devices
-    from utils import errors, log
+    from utils import errors
+
+
+@functools.wraps(detector.Detector, updated=())
+def Detector(*args: typing.Any, **kwargs: typing.Any) -> detector.Detector:
+    with _own_packages():
+        return detector.Detector(*args, **kwargs)
 
 
 def custom(
@@ -128,8 +134,8 @@ def _named(name: str) -> abc.Callable[..., hub_model.HubModel | yolo.DetectionMo
 
 
 def _wrapped(opened: weights.OpenWeights, verbose: bool) -> hub_model.HubModel:
-    if verbose:
-        log.info(f"{opened.path}: {len(opened.names)} classes, on {opened.description}")
+    if verbose:  # beside what the program itself prints, which others may read
+        print(f"{opened.path}: {len(opened.names)} classes, on {opened.description}", file=sys.stderr)
     return hub_model.HubModel(opened)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,11 @@ from utils.deploy.inputs import Picture, open_pictures
 from utils.deploy.predictor import Predictor
 from utils.deploy.results import Result
 from utils.errors import UserError
-from utils.export.weights import OpenNetwork
+from utils.export.backends import is_exported, needs_torch
+from utils.export.weights import OpenNetwork, open_exported
 from utils.extras import is_installed
 from utils.flags import check_value
 from utils.nms import NmsOptions
-
-if is_installed("torch"):
-    from models.weights import open_weights
-else:  # on a board with one of the small runtimes
-    from utils.export.weights import open_exported as open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +66,7 @@ class Detector:
         if not isinstance(callers, numbers.Integral) or callers < 1:
             raise UserError(f"callers {callers!r}: expected a whole number of 1 or more")
         if not isinstance(weights, OpenNetwork):
-            weights = open_weights(str(weights), str(device), precision, data, at_once=int(callers))
+            weights = _open(str(weights), augment)(str(weights), str(device), precision, data, at_once=int(callers))
         self.weights = weights.augmented() if augment else weights
         self.names = self.weights.names
 
@@ -111,6 +107,15 @@ class Detector:
         return [dataclasses.replace(predictor(image), path=path) for path, image in pictures]
 
 
+def _open(weights: str, augment: bool) -> Callable[..., OpenNetwork]:
+    """What opens these weights. PyTorch takes longer to import than all else together: it comes in only for those who need it."""
+    if not is_installed("torch") or (is_exported(weights) and not needs_torch(weights) and not augment):
+        return open_exported
+    from models.weights import open_weights
+
+    return open_weights
+
+
 def class_numbers(classes: int | Iterable[int] | None) -> tuple[int, ...] | None:
     """One number, or several of any kind that counts as whole, as a tuple; None: all classes.
 
@@ -138,6 +143,8 @@ def check_options(options: NmsOptions) -> NmsOptions:
         value = getattr(options, flag)
         if value is not None or flag != "classes":
             _check(name, flag, value)
+        if flag != "classes" and not isinstance(value, numbers.Real):
+            raise UserError(f"{name} {value!r}: expected a number")
     if not isinstance(options.max_det, numbers.Integral):
         raise UserError(f"max_det {options.max_det!r}: expected a whole number")
     return options

@@ -482,7 +482,7 @@ def test_every_saving_flag(shared, tmp_path, capsys):
     listed = ("bus.jpg", "zidane.jpg", "blank.png", "broken.jpg", "other/bus.jpg")
     (tmp_path / "list.txt").write_text("# photographs\n" + "".join(f"media/{name}\n" for name in listed))
 
-    out = run(shared, tmp_path, tmp_path / "list.txt", "--precision", "fp32", "--save-txt", "--save-conf", "--save-csv", "--save-crop", code=1)
+    out = run(shared, tmp_path, tmp_path / "list.txt", "--precision", "fp32", "--save-txt", "--save-conf", "--save-csv", "--save-crop", code=2)
     printed = capsys.readouterr()
     assert "broken.jpg" in printed.err and "Traceback" not in printed.err
     assert names_below(out) == sorted([

@@ -1,8 +1,10 @@
 """The Python door: every kind of image means the same, the boxes are detect.py's, threads share a detector, mistakes are one line."""
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from models.yolo import DetectionModel
 from utils.data.images import read_image
 from utils.deploy.inputs import open_pictures
 from utils.deploy.results import Result
+from utils.deploy.writer import save_crops
 from utils.errors import UserError
 from utils.evaluate.matching import Detections
 from utils.evaluate.output import yolo_lines
@@ -115,6 +118,14 @@ def test_lists_of_mixed_kinds_and_sizes(detector, files):
     for result, path in zip(found, [*files, files[0], files[0]], strict=True):
         assert_same(result, detector(path, conf=0.1)[0])
     assert [len(r.path) > 0 for r in found] == [True, True, False, False, False, False]
+
+
+def test_the_padding_of_a_screens_pixels_is_no_transparency(detector, files):
+    image = read_image(files[0])
+    padded = np.dstack((image, np.zeros(image.shape[:2], np.uint8)))
+    assert_same(detector(padded)[0], detector(image)[0])
+    padded[0, 0, 3] = 255
+    assert (detector(padded)[0].image[1:] == 255).all()
 
 
 @pytest.mark.parametrize("nothing", [[], (), torch.zeros(0, 3, 32, 32), np.zeros((0, 32, 32, 3), np.uint8), iter(())])
@@ -250,7 +261,8 @@ def test_a_call_leaves_no_trace(place, files, monkeypatch, tmp_path):
     ("broken.jpg", r"broken.jpg: truncated: .*"),
     ("video.mp4", "video.mp4: not an image of a known format"),
     ("https://host/a.jpg", "https://host/a.jpg: nothing is fetched from the network: download it and name the file"),
-    (None, "NoneType is no image: give a path, a Pillow image, an array or a tensor"),
+    (None, r"NoneType is no image: give a path, a Pillow image \(of an open file, Image.open makes one\), an array or a tensor"),
+    (io.BytesIO(b"one\ntwo"), "BytesIO is no image: .*"),
     (7, "int is no image: .*"),
     (b"0.png", "bytes is no image: .*"),
     ([["0.png"]], "image 0 of the list: list is no image: .*"),
@@ -285,6 +297,7 @@ def test_a_broken_pillow_image(detector, tmp_path):
     ({"conf": "high"}, "conf 'high': expected a number"),
     ({"iou": float("nan")}, "iou nan: must be a finite number"),
     ({"max_det": 0}, "max_det 0: must be above 0"),
+    ({"conf": torch.tensor(0.5)}, r"conf tensor\(0.5000\): expected a number"),
     ({"conf": None}, "conf None: expected a number"), ({"iou": None}, "iou None: expected a number"),
     ({"max_det": 2.5}, "max_det 2.5: expected a whole number"),
     ({"classes": [2]}, r"--classes 2: this network knows classes 0 to 1 \(red to green\)"),
@@ -366,7 +379,9 @@ def test_a_result_as_a_table():
         {"xmin": 10, "ymin": 20, "xmax": 30, "ymax": 40, "confidence": 0.5, "class": 1, "name": "green"},
         {"xmin": 0, "ymin": 0, "xmax": 100, "ymax": 80, "confidence": 0.25, "class": 0, "name": "red"},
     ]
-    assert list(by_hand([]).pandas().columns) == list(table.columns) and len(by_hand([]).pandas()) == 0
+    nothing = by_hand([]).pandas()
+    assert list(nothing.columns) == list(table.columns) and len(nothing) == 0 and list(nothing.dtypes) == list(table.dtypes)
+    assert not nothing["name"].str.contains("red").any()
 
 
 def test_a_result_for_supervision():
@@ -407,3 +422,29 @@ def test_a_package_that_is_missing(package: str, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"^needs {package}: pip install {package}$"):
         getattr(by_hand(), package)()
+
+
+def test_a_result_on_one_line():
+    assert repr(by_hand()) == f"<Result {by_hand().path or 'image'}: {by_hand().size[0]}x{by_hand().size[1]}, {by_hand().counted}>"
+    assert repr(by_hand([])).endswith("(no detections)>")
+
+
+def test_threads_that_crop_into_one_folder(tmp_path: Path):
+    """They have the same names, as images without a file do."""
+    result = by_hand()
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(save_crops, tmp_path, "image0", result) for _ in range(40)]:
+            done.result()
+    assert len(list(tmp_path.rglob("*.jpg"))) == 40 * len(result)
+
+
+def test_a_mistake_arrives_from_another_process(monkeypatch):
+    error = UserError("nope.jpg: No such file")
+    assert type(pickle.loads(pickle.dumps(error))) is UserError
+    monkeypatch.delitem(sys.modules, "utils.errors")  # as torch.hub leaves it
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is RuntimeError and str(arrived) == str(error)
+
+
+def test_line_width_between_pixels():
+    assert (by_hand().plot(line_width=1.6) == by_hand().plot(line_width=2)).all()

@@ -138,7 +138,7 @@ def test_crop(results, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and len(crops) == 3
     assert crops[0]["label"] == "green 0.75" and float(crops[0]["conf"]) == 0.75 and int(crops[0]["cls"]) == 1
     assert [float(v) for v in crops[0]["box"]] == [10, 20, 30, 40] and [c["im"].shape for c in crops] == [(20, 20, 3), (80, 50, 3), (80, 100, 3)]
-    assert crops[0]["im"][0, 0].tolist() == [0, 0, 200]
+    assert crops[0]["im"][0, 0].tolist() == [200, 0, 0]  # BGR, as cv2.imwrite takes it
     assert len(results.crop(save_dir="out")) == 3
     assert sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.jpg")) == ["crops/green/a.jpg", "crops/green/a2.jpg", "crops/red/a.jpg"]
 
@@ -252,7 +252,8 @@ def test_nothing_is_fetched(model):
 
 def test_custom(place, capsys):
     hubconf.custom(str(place / "tiny.pt"), device="cpu")
-    assert capsys.readouterr().out.startswith(f"{place / 'tiny.pt'}: 2 classes, on ")
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{place / 'tiny.pt'}: 2 classes, on ") and not said.out
     network = hubconf.custom(place / "tiny.pt", autoshape=False, device="cpu")
     assert isinstance(network, DetectionModel) and [m.shape[-1] for m in network(torch.zeros(1, 3, 64, 64))] == [7, 7, 7]
     with pytest.raises(UserError, match=r"none\.pt: no such weights"):

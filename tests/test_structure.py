@@ -91,6 +91,9 @@ def test_no_import_cycle():
     assert cycle(edges) == []
 
 
+LATE = {"models.detector": {"models.weights"}}  # PyTorch, which files of small runtimes do without
+
+
 def test_own_modules_are_imported_inside_functions_only_by_the_scripts_main():
     wrong = []
     for name, path in MODULES.items():
@@ -98,7 +101,7 @@ def test_own_modules_are_imported_inside_functions_only_by_the_scripts_main():
         for function in ast.walk(tree):
             is_main = name in SCRIPTS and getattr(function, "name", "") == "main"
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not is_main:
-                wrong += [f"{name}:{node.lineno}" for node in ast.walk(function) if imported(node)]
+                wrong += [f"{name}:{node.lineno}" for node in ast.walk(function) if set(imported(node)) - LATE.get(name, set())]
     assert wrong == []
 
 

@@ -47,9 +47,11 @@ WHERE_ALL_IS = """
 import sys
 
 import detect
+from models.detector import Detector
 
 weights, image, folder = sys.argv[1:]
 code = detect.main(["--weights", weights, "--source", image, "--project", folder])
+Detector(weights)(image)
 print(code, *sorted({"torch", "torchvision", "matplotlib", "pycocotools", "thop", "scipy", "pandas"} & sys.modules.keys()))
 """
 

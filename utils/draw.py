@@ -47,7 +47,7 @@ def draw_boxes(
     """
     image = np.array(image, order="C")
     height, width = image.shape[:2]
-    line_width = line_width or max(round((height + width) / 500), 1)
+    line_width = max(round(line_width or (height + width) / 500), 1)
     corners = np.clip(np.reshape(xyxy, (-1, 4)), 0, (width - 1, height - 1) * 2).round().astype(int).tolist()
     boxes = list(zip(corners, labels, colors, strict=True))[::-1]
     for (x1, y1, x2, y2), _, color in boxes:

@@ -28,6 +28,11 @@ class UserError(Exception):
     What it quotes may come from a hostile file: no control characters reach the terminal, and its middle is cut where it is endless.
     """
 
+    def __reduce__(self) -> tuple[type[Exception], tuple[str]]:
+        """On the way to another process, where torch.hub's copy of this class can't be found, the message alone."""
+        kind = type(self)
+        return (kind if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind else RuntimeError), (str(self),)
+
     def __str__(self) -> str:
         line = " ".join("".join(c if c.isprintable() else " " for c in super().__str__()).split())
         return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 3 // 4]} … {line[-_LONGEST // 4 :]}"

@@ -1,7 +1,6 @@
 """Results as programs written for YOLOv5's torch.hub models read them: one object for all images of a call."""
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +62,10 @@ class HubResults:
         """`ims`, as earlier releases of YOLOv5 call them."""
         return self.ims
 
+    @imgs.setter
+    def imgs(self, images: list[np.ndarray]) -> None:
+        self.ims = images
+
     @property
     def pred(self) -> list[Tensor]:
         """`xyxy`."""
@@ -73,9 +76,11 @@ class HubResults:
 
     def __str__(self) -> str:
         """A line for each image: its size, and how many of which class; then the time."""
-        lines = [f"image {k}/{self.n}: {r.image.shape[0]}x{r.image.shape[1]} {_counted(r.labels)}" for k, r in enumerate(self.results, 1)]
+        lines = [f"image {k}/{self.n}: {r.image.shape[0]}x{r.image.shape[1]} {r.counted}" for k, r in enumerate(self.results, 1)]
         read, inference, nms = self.t
         return "\n".join([*lines, f"Speed: {read:.1f}ms pre-process, {inference:.1f}ms inference, {nms:.1f}ms NMS per image"])
+
+    __repr__ = __str__  # what a notebook shows
 
     def print(self) -> None:
         info(str(self))
@@ -104,18 +109,19 @@ class HubResults:
             Image.fromarray(image).show()
 
     def save(self, labels: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False) -> Path:
-        """Write each image with its boxes into a new folder, `save_dir` or the first free of its name and a number; returns it."""
+        """Write each image with its boxes into a new folder, `save_dir` or the first free of its name and a number, which it returns; `ims` too."""
+        self.render(labels)
         return self._write(save_dir, exist_ok, Outputs(style=Style(labels=labels)))
 
     def crop(self, save: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False) -> list[dict[str, Any]]:
-        """Every box of every image: box (4 tensors), conf, cls, label, and im, its pixels, RGB.
+        """Every box of every image: box (4 tensors), conf, cls, label, and im, its pixels, BGR, as cv2.imwrite takes them.
 
         Args:
             save: also write them to `save_dir`/crops/CLASS/, of a new folder as `save` makes it.
         """
         if save:
             self._write(save_dir, exist_ok, Outputs(images=False, crops=True))
-        return [{"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": f"{self.names[int(row[5])]} {row[4]:.2f}", "im": _to_rgb(crop)}
+        return [{"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": f"{self.names[int(row[5])]} {row[4]:.2f}", "im": crop.copy()}
                 for rows, r in zip(self.xyxy, self.results, strict=True) for row, crop in zip(rows, r.crop(), strict=True)]
 
     def _write(self, save_dir: str | Path, exist_ok: bool, outputs: Outputs) -> Path:
@@ -146,12 +152,6 @@ _COLUMNS = (_CORNERS, _CORNERS, _CENTRE, _CENTRE)
 def _tensor(boxes: np.ndarray, result: Result) -> Tensor:
     """(n, 6) float32: boxes, confidence, class."""
     return torch.from_numpy(np.column_stack((boxes, result.conf, result.cls))).float()
-
-
-def _counted(labels: Sequence[str]) -> str:
-    """`4 persons, 1 bus`, in the order of first appearance."""
-    counts = Counter(labels).items()
-    return ", ".join(f"{count} {name}{'s' * (count > 1 and not name.endswith('s'))}" for name, count in counts) or "(no detections)"
 
 
 def _to_rgb(image: np.ndarray) -> np.ndarray:

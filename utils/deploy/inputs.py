@@ -55,7 +55,8 @@ def open_pictures(images: Any, rgb: bool = False) -> Iterator[Picture]:
 
 
 def _is_list(images: Any) -> bool:
-    return isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray) and not _is_tensor(images)
+    one = isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray) or _is_tensor(images)
+    return isinstance(images, Iterable) and not one and not hasattr(images, "read")  # an open file gives lines
 
 
 def _is_tensor(image: Any) -> bool:
@@ -75,7 +76,8 @@ def _pictures(image: Any, place: str, rgb: bool) -> Iterator[Picture]:
         elif isinstance(image, np.ndarray):
             yield from (Picture("", pixels) for pixels in _from_array(image, rgb, "array"))
         else:
-            raise ImageError(f"{type(image).__name__} is no image: give a path, a Pillow image, an array or a tensor")
+            raise ImageError(f"{type(image).__name__} is no image: give a path, a Pillow image (of an open file, Image.open makes one), an array or "
+                             "a tensor")
     except ImageError as error:
         raise UserError(f"{place}{error}") from None
 
@@ -118,6 +120,8 @@ def _from_array(array: np.ndarray, rgb: bool, kind: str) -> Iterator[np.ndarray]
     if not (array.shape[-3] and array.shape[-2]):
         raise ImageError(f"{given}: has no pixels")
     for image in array if array.ndim == 4 else (array,):
+        if image.shape[2] == 4 and not image[..., 3].any():  # nothing of it would be seen: the fourth is the padding of a screen's pixels
+            image = image[..., :3]
         image = np.ascontiguousarray(image)
         code = _TO_BGR.get((image.shape[2], rgb))
         image = image if code is None else cv2.cvtColor(image, code)

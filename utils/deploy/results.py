@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Style(NamedTuple):
 DEFAULT_STYLE = Style()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The boxes of one image, best first; as long as there are boxes.
 
@@ -51,6 +52,16 @@ class Result:
 
     def __len__(self) -> int:
         return len(self.found.cls)
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        return f"<Result {self.path or 'image'}: {width}x{height}, {self.counted}>"
+
+    @property
+    def counted(self) -> str:
+        """`4 persons, 1 bus`, in the order of first appearance."""
+        counts = Counter(self.labels).items()
+        return ", ".join(f"{count} {name}{'s' * (count > 1 and not name.endswith('s'))}" for name, count in counts) or "(no detections)"
 
     @property
     def xyxy(self) -> np.ndarray:
@@ -138,8 +149,9 @@ class Result:
 
 def table(result: Result, boxes: np.ndarray, columns: Sequence[str]) -> pandas.DataFrame:
     """A row for each of the result's boxes: `boxes` (n, 4) in any form under the names of `columns`, then confidence, class, name."""
-    values = dict(zip(columns, boxes.T, strict=True)) | {"confidence": result.conf, "class": result.cls, "name": result.labels}
-    return import_extra("pandas").DataFrame(values)
+    values = dict(zip(columns, boxes.T, strict=True)) | {"confidence": result.conf, "class": result.cls}
+    pandas = import_extra("pandas")
+    return pandas.DataFrame(values).assign(name=pandas.Series(result.labels, dtype="str"))  # text where there is none, too
 
 
 class Tally:

@@ -177,10 +177,20 @@ def save_crops(folder: Path, name: str, result: Result) -> None:
         place = folder / folders[cls]
         place.mkdir(parents=True, exist_ok=True)
         number = next_number.get(place, 1)
-        while (path := place / f"{name}{number if number > 1 else ''}.jpg").exists():
+        pixels = cv2.imencode(".jpg", crop)[1].tobytes()
+        while not _write_new(place / f"{name}{number if number > 1 else ''}.jpg", pixels):
             number += 1
         next_number[place] = number + 1
-        path.write_bytes(cv2.imencode(".jpg", crop)[1].tobytes())  # not save_image: waiting for the disk would cost more than all else
+
+
+def _write_new(path: Path, content: bytes) -> bool:
+    """Unless it exists; others may write into the same folder. Not atomic_write: waiting for the disk would cost more than all else."""
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def file_name(text: str) -> str:
@@ -209,8 +219,7 @@ class _Stems:
 
     def of(self, path: str, is_video: bool = False) -> str:
         if path not in self._of:
-            is_file = Path(path).suffix and "://" not in path
-            base = Path(path).stem if is_file else file_name(path.partition("?")[0])[:_LONGEST_NAME]
+            base = Path(path).stem if "://" not in path else file_name(path.partition("?")[0])[:_LONGEST_NAME]
             stem, n = base, 1
             mark = "-" if not is_video and base.casefold() in self._videos else "_"
             while self._meets(stem.casefold(), is_video):
