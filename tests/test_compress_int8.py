@@ -17,7 +17,8 @@ from models.spec import load_spec
 from models.yolo import DetectionModel
 from utils.compress.calibration import CalibrationImages
 from utils.compress.int8 import QUANTIZERS, Int8Files, Scores, attempts, best_attempt, int8_format, put
-from utils.compress.tail import find_tail, with_activation
+from utils.compress.rounding import SILU_FLOOR
+from utils.compress.tail import find_tail, silu_inputs, with_activation
 from utils.config import QuantizeConfig
 from utils.data.open import val_loader
 from utils.errors import UserError
@@ -204,6 +205,12 @@ def test_a_tflite_file_where_its_converter_is_not(tiny, tmp_path: Path):
     nearer = [sqnr_db(exact(pictures[0]), each) for each in found]
     assert 25 < nearer[0] < nearer[1]
 
+    bright = QUANTIZERS["tflite"][0](source, tiny, Pictures(pictures.numpy() * 200), tmp_path)
+    bright.write(tmp_path / "bright.tflite", exact.metadata)
+    read_by_silu = [bright._extremes[name] for name in bright._silu]
+    assert len(read_by_silu) == 5 and min(float(seen["min"].min()) for seen in read_by_silu) == SILU_FLOOR
+    assert max(float(seen["max"].max()) for seen in read_by_silu) > 8
+
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_any_image_size(kind: str, tmp_path: Path):
@@ -242,6 +249,29 @@ def test_a_file_in_its_place(made, tmp_path: Path):
 
 
 # --- the graph's end -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_silu_reads():
+    sources = {"image": [], "a": ["image"], "s": ["a"], "p": ["a", "s"], "b": ["p"], "s2": ["b"], "p2": ["b", "s2"], "more": ["b"],
+               "c": ["p2"], "s3": ["c"], "p3": ["c", "other"], "other": []}  # b has another reader, c's sigmoid another product
+    assert silu_inputs(sources, {"s", "s2", "s3"}, {"p", "p2", "p3"}) == {"a"}
+
+
+def test_steps_are_spent_where_silu_is_not_0(tmp_path: Path, monkeypatch):
+    """What the first layer's SiLU reads goes from far below -8 to far above."""
+    needs("onnx")
+    network, images = lively(tiny_model(tmp_path, width=16)), calibration(tmp_path)
+    network.model[0].conv.weight.data *= 60
+    pictures = torch.from_numpy(images.first(12))
+    assert float(network.model[0].conv(pictures).min()) < -30
+    found = {}
+    for floor in (SILU_FLOOR, -1e9):
+        monkeypatch.setattr("utils.compress.onnx_int8.SILU_FLOOR", floor)
+        folder = tmp_path / f"{floor:g}"
+        folder.mkdir()
+        files = files_of("onnx", network, images, folder)
+        found[floor] = sqnr_db(open_network(files.float_path)(pictures), open_network(files.write(()))(pictures))
+    assert found[SILU_FLOOR] > found[-1e9] + 1
 
 
 def test_what_belongs_to_a_layer():

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from utils.compress.calibration import CalibrationImages
-from utils.compress.rounding import Range, round_weight
-from utils.compress.tail import find_tail, with_activation
+from utils.compress.rounding import SILU_FLOOR, Range, round_weight
+from utils.compress.tail import find_tail, silu_inputs, with_activation
 from utils.export.converters import INPUT
 from utils.export.metadata import ExportMetadata, stamp_onnx
 from utils.extras import import_extra
@@ -66,6 +66,20 @@ class OnnxQuantizer:
             if name not in self._float:
                 self._nodes_of.setdefault(_layer_name(self._nodes[name]), []).append(name)
         self.layers = tuple(self._nodes_of)
+        kinds = ({name for name, node in self._nodes.items() if node.op_type == kind} for kind in ("Sigmoid", "Mul"))
+        read_by_silu = silu_inputs(self._sources, *kinds)
+        self._silu = self._silu_ranges({self._nodes[name].output[0] for name in read_by_silu}, folder / "augmented.onnx")
+
+    def _silu_ranges(self, tensors: Collection[str], augmented: Path) -> dict[str, Any]:
+        """Of what SiLU reads, without the part that it makes 0 of: overrides as `quantize_static` takes them."""
+        if not tensors:
+            return {}
+        tools = import_extra("onnxruntime.quantization")
+        with silent_libraries():
+            calibrator = tools.calibrate.create_calibrator(self._path, ["Sigmoid"], str(augmented), tools.CalibrationMethod.MinMax)
+            calibrator.collect_data(_reader(tools, self._images))
+            seen = {name: calibrator_data.range_value for name, calibrator_data in calibrator.compute_data().items() if name in tensors}
+        return {name: [{"rmin": np.float32(SILU_FLOOR), "rmax": np.float32(high)}] for name, (low, high) in seen.items() if low < SILU_FLOOR}
 
     def write(self, path: Path, metadata: ExportMetadata) -> None:
         """The int8 file, in which the layers that `metadata` names stay float, their activation functions with them."""
@@ -78,7 +92,7 @@ class OnnxQuantizer:
             tools.quantize_static(
                 str(self._path), str(path), _reader(tools, self._images), quant_format=tools.QuantFormat.QDQ, per_channel=True, reduce_range=True,
                 activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8, nodes_to_exclude=sorted(stay),
-                calibrate_method=tools.CalibrationMethod.MinMax, **cache,
+                calibrate_method=tools.CalibrationMethod.MinMax, extra_options={"TensorQuantOverrides": self._silu}, **cache,
             )
         stamp_onnx(path, metadata)
 

@@ -19,6 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 WEIGHT_LEVELS = 64
 INPUT_STEPS = 255
+SILU_FLOOR = -8.0  # below it SiLU is 0 but for 0.003: where what it reads is rounded too, steps down there are lost to the others
 _TINY = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""Parts of a graph of any runtime: where a network ends and the decoding of its maps begins, and what belongs to a layer."""
+"""Parts of a graph of any runtime: where a network ends and the decoding of its maps begins, what belongs to a layer, what SiLU reads."""
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
@@ -42,3 +42,22 @@ def with_activation(layer: Node, sources: Mapping[Node, Collection[Node]], funct
         if node in functions and read and unit.issuperset(read):
             unit.add(node)
     return unit
+
+
+def silu_inputs(sources: Mapping[Node, Collection[Node]], sigmoids: Collection[Node], products: Collection[Node]) -> set[Node]:
+    """The nodes x whose only readers are a sigmoid and the product of it and x.
+
+    Args:
+        sources: as of `find_tail`.
+    """
+    readers: dict[Node, list[Node]] = {}
+    for node, read in sources.items():
+        for source in read:
+            readers.setdefault(source, []).append(node)
+    found = set()
+    for x, some in readers.items():
+        sigmoid = next((node for node in some if node in sigmoids), None)
+        others = [node for node in some if node != sigmoid]
+        if sigmoid is not None and len(others) == 1 and others[0] in products and sigmoid in sources[others[0]]:
+            found.add(x)
+    return found

@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from utils.compress.calibration import CalibrationImages
-from utils.compress.rounding import Range, weighted_layers
-from utils.compress.tail import find_tail, with_activation
+from utils.compress.rounding import SILU_FLOOR, Range, weighted_layers
+from utils.compress.tail import find_tail, silu_inputs, with_activation
 from utils.cpu import cpu_threads
 from utils.export.metadata import ExportMetadata
 from utils.export.trailer import append_trailer
@@ -45,6 +45,8 @@ class TfliteQuantizer:
         self._scopes = [graphs.get_op_scope(op, graph.tensors) for op in graph.operators]  # an operator's name: its outputs'
         makers = {output: op for op, node in enumerate(graph.operators) for output in node.outputs}
         self._sources = {op: [makers[i] for i in node.inputs if i in makers] for op, node in enumerate(graph.operators)}
+        read_by_silu = silu_inputs(self._sources, *({op for op, kind in kind_of.items() if kind == name} for name in ("LOGISTIC", "MUL")))
+        self._silu = [graphs.get_tensor_name(graph.tensors[graph.operators[op].outputs[0]]) for op in read_by_silu]
         self._activations = {op for op, kind in kind_of.items() if kind in _ACTIVATIONS}
         weighted = [op for op, kind in kind_of.items() if kind in _WEIGHTED]
         tail = find_tail(self._sources, weighted)
@@ -87,7 +89,11 @@ class TfliteQuantizer:
         for image in self._images.shown("calibration"):
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each image
                 calibration.calibrate({signature: [{ends["inputs"][0]: np.ascontiguousarray(image.transpose(0, 2, 3, 1))}]}, recipe)
-        return calibration.get_model_qsvs()
+        found = calibration.get_model_qsvs()
+        for name in self._silu:
+            if seen := found.get(name):  # none of what has the values of another
+                found[name] = seen | {"min": np.maximum(seen["min"], SILU_FLOOR)}
+        return found
 
 
 def _digest(weight: np.ndarray) -> str:
