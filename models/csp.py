@@ -148,9 +148,8 @@ class TransformerBlock(nn.Module):
         self.layers = nn.Sequential(*(TransformerLayer(channels, heads) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
         tokens = (x + self.position(x)).flatten(2).transpose(1, 2)  # (B, H * W, C)
-        return self.layers(tokens).transpose(1, 2).unflatten(2, size)
+        return self.layers(tokens).transpose(1, 2).reshape(x.shape)
 
 
 class TransformerLayer(nn.Module):

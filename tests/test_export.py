@@ -12,6 +12,7 @@ import torch
 from tiny import data_yaml, lively, tiny_model
 from torch import Tensor, nn
 
+from models.csp import TransformerBlock
 from models.shuffle import ChannelShuffle
 from models.spec import load_spec
 from models.yolo import DetectionModel
@@ -20,7 +21,7 @@ from utils.export import check
 from utils.export import produce as production
 from utils.export.backends import open_network
 from utils.export.check import TOLERANCES, check_batches, check_images, compare
-from utils.export.converters import to_onnx, to_openvino
+from utils.export.converters import FreeAttention, to_onnx, to_openvino
 from utils.export.formats import FORMATS, ExportJob, choose_formats
 from utils.export.graph import InferenceGraph, decode_maps
 from utils.export.metadata import KEY, ExportMetadata, foreign_facts, metadata_from_props, openvino_props, stamp_onnx, stamp_openvino
@@ -109,6 +110,31 @@ def test_names_of_yolov5s_files(tiny, tmp_path: Path):
     assert [v.name for v in (*graph.input, *graph.output)] == ["images", "output0"]
     model = to_openvino(InferenceGraph(tiny), images)
     assert [port.any_name for port in (*model.inputs, *model.outputs)] == ["images", "output0"]
+
+
+def test_attention_for_any_number_of_places(tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), TransformerBlock(16, 4, 2)).eval()
+    to_onnx(network, torch.zeros(1, 3, 16, 16), tmp_path / "a.onnx", dynamic=True, opset=17)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for size in ((1, 3, 16, 16), (2, 3, 32, 16), (3, 3, 16, 48)):
+        images = torch.rand(size)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{}, {"need_weights": True}, {"key_padding_mask": torch.tensor([[False] * 5 + [True] * 2] * 3)}, {"value": 2.0}])
+def test_attention_that_asks_for_more_is_left_alone(extra):
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.rand(3, 7, 8)
+    others = {"value": x * 2} if "value" in extra else extra
+    call = {"query": x, "key": x, "value": x, "need_weights": False} | others
+    expected = attention(**call)
+    with FreeAttention():
+        found = attention(**call)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert (found[1] is None) == (expected[1] is None)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

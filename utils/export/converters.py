@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from utils.errors import error_lines
@@ -53,7 +54,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
             return error
         return None
 
-    with quiet(), _plain_attention():
+    with quiet(), _plain_attention(), FreeAttention():
         axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
         older = export(dynamic_axes=axes, dynamo=False)
         if older is None:
@@ -125,6 +126,29 @@ class _SelectByConvolution(TorchFunctionMode):
                 ones = np.eye(x.shape[1], dtype=np.float32)[order.numpy()]  # (channels out, channels in)
             return torch.conv1d(x, torch.from_numpy(ones)[..., None])
         return func(*args, **(kwargs or {}))
+
+
+class FreeAttention(TorchFunctionMode):
+    """nn.MultiheadAttention of a sequence to itself, for any number of places: PyTorch's own would be fixed to that of the images traced with."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.multi_head_attention_forward or not _is_plain(*args, **kwargs):
+            return func(*args, **kwargs)
+        x, heads, in_weight, in_bias, out_weight, out_bias = args[0], args[4], args[5], args[6], args[11], args[12]  # x: (N, B, C)
+        parts = functional.linear(x, in_weight, in_bias).chunk(3, -1)
+        queries, keys, values = (part.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for part in parts)  # (B, heads, N, C / heads)
+        weights = (queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5).softmax(-1)
+        return functional.linear((weights @ values).permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, *args: Any, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None,
+              need_weights: bool = True, use_separate_proj_weight: bool = False, **kwargs: Any) -> bool:
+    """Whether these arguments of `multi_head_attention_forward` ask for nothing beyond attention."""
+    bias_k, bias_v, add_zero_attn = args[4:7]
+    extras = (bias_k, bias_v, key_padding_mask, attn_mask)
+    return (query is key is value and query.dim() == 3 and all(extra is None for extra in extras)
+            and not (add_zero_attn or need_weights or use_separate_proj_weight))
 
 
 def to_tflite(network: nn.Module, images: Tensor, path: Path, *, half: bool = False) -> None:
