@@ -9,6 +9,7 @@ Exit code 1: some format failed, which its line names; the others are done.
 """
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.int8:
         settings = _int8_settings(config)
         load_plugin(config.plugin)
-        quantization = Quantization(settings, open_checkpoint(config.weights))
+        trained = open_checkpoint(config.weights)
+        single_cls = len(trained.model.names) == 1  # then the data may have several, as they had in the training
+        quantization = Quantization(dataclasses.replace(settings, single_cls=single_cls), trained)
         return _one_by_one(formats, lambda kind: quantization.run(int8_format(kind.name)))
     device = select_device(config.device)
     load_plugin(config.plugin)
@@ -112,7 +115,7 @@ def _int8_settings(config: ExportConfig) -> QuantizeConfig:
     if not config.data:
         raise UserError("--int8: is calibrated on the train split of a data set and scored on its val split: name the one that the network was "
                         "trained on, --data my_set.yaml")
-    others = [name for name in ("half", "nms", "simplify", "opset", "batch_size") if getattr(config, name) != getattr(ExportConfig, name)]
+    others = [name for name in ("half", "nms", "simplify", "opset", "batch_size", "device") if getattr(config, name) != getattr(ExportConfig, name)]
     if others:
         raise UserError(f"--int8: goes without {' and '.join('--' + name.replace('_', '-') for name in others)}: leave one or the other out")
     if len({*(config.imgsz or ())}) > 1:

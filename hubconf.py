@@ -13,7 +13,6 @@ The caller's own `models` and `utils` packages stay what they are: see `_own_pac
 from __future__ import annotations
 
 import contextlib
-import functools
 import pathlib
 import sys
 import threading
@@ -76,10 +75,8 @@ with _own_packages():
     from utils import errors
 
 
-@functools.wraps(detector.Detector, updated=())
-def Detector(*args: typing.Any, **kwargs: typing.Any) -> detector.Detector:
-    with _own_packages():
-        return detector.Detector(*args, **kwargs)
+Detector = detector.Detector
+Detector.open_weights = staticmethod(weights.open_weights)  # as nothing of ours is imported late
 
 
 def custom(

@@ -6,7 +6,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.config import DetectConfig
 from utils.cpu import PrecisionName
@@ -41,7 +41,10 @@ class Detector:
     Attributes:
         weights: the network, and what those who feed it need to know.
         names: of its classes.
+        open_weights: what opens weights of all kinds; None: models/weights.py's, once it is needed.
     """
+
+    open_weights: ClassVar[Callable[..., OpenNetwork] | None] = None
 
     def __init__(
         self,
@@ -66,7 +69,8 @@ class Detector:
         if not isinstance(callers, numbers.Integral) or callers < 1:
             raise UserError(f"callers {callers!r}: expected a whole number of 1 or more")
         if not isinstance(weights, OpenNetwork):
-            weights = _open(str(weights), augment)(str(weights), str(device), precision, data, at_once=int(callers))
+            opened_by = self.open_weights or _opener(str(weights), augment)
+            weights = opened_by(str(weights), str(device), precision, data, at_once=int(callers))
         self.weights = weights.augmented() if augment else weights
         self.names = self.weights.names
 
@@ -107,7 +111,7 @@ class Detector:
         return [dataclasses.replace(predictor(image), path=path) for path, image in pictures]
 
 
-def _open(weights: str, augment: bool) -> Callable[..., OpenNetwork]:
+def _opener(weights: str, augment: bool) -> Callable[..., OpenNetwork]:
     """What opens these weights. PyTorch takes longer to import than all else together: it comes in only for those who need it."""
     if not is_installed("torch") or (is_exported(weights) and not needs_torch(weights) and not augment):
         return open_exported

@@ -12,6 +12,7 @@ import pytest
 from tiny import data_yaml, label_by, lively_checkpoint
 
 import compare
+import export
 from models.yolo import load_model
 from utils.compare import formats
 from utils.compare.formats import FormatRow, find_formats, table
@@ -100,6 +101,32 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
 def test_picture_without_scores(tmp_path: Path):
     draw_formats(tmp_path / "a.png", ["best.pt", "best.onnx"], {"mAP50-95": [None, None], "latency, ms": [3.0, None], "size": [0.0, 0.0]}, "best.pt")
     assert cv2.imread(str(tmp_path / "a.png")) is not None
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_file_of_another_size_decides_nothing(data: bool, tmp_path: Path, monkeypatch):
+    """It is opened before any is started, and the others are scored as val.py scores them."""
+    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    lively_checkpoint(tmp_path).rename(tmp_path / "best.pt")
+    for flags in (["--imgsz", "32", "64"], ["--dynamic"]):
+        assert export.main(["--weights", str(tmp_path / "best.pt"), *flags]) == 0
+        if "--imgsz" in flags:
+            (tmp_path / "best.onnx").rename(tmp_path / "best_wide.onnx")
+    started, strides = {}, []
+    monkeypatch.setattr(formats, "cpu_has_native_bf16", lambda: False)
+    monkeypatch.setattr(formats, "_ROUNDS", 3)
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started[Path(command[3]).name] = command
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(formats.subprocess, "run", start)
+    loader = formats.val_loader
+    monkeypatch.setattr(formats, "val_loader", lambda *args: strides.append(args[3]) or loader(*args))
+    named = ["--data", str(data_yaml(tmp_path)), "--workers", "0"] if data else []
+    assert compare.main(["--formats", str(tmp_path / "best.pt"), *named, "--project", str(tmp_path / "out"), "--noplots"]) == 0
+    assert {name: "--imgsz" in command for name, command in started.items()} == {"best.pt": True, "best.onnx": True, "best_wide.onnx": False}
+    assert strides == ([32, 32, None] if data else [])
 
 
 def test_a_file_that_opens_and_does_not_run_costs_its_row(tmp_path: Path, monkeypatch):

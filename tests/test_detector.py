@@ -425,7 +425,7 @@ def test_a_package_that_is_missing(package: str, monkeypatch):
 
 
 def test_a_result_on_one_line():
-    assert repr(by_hand()) == f"<Result {by_hand().path or 'image'}: {by_hand().size[0]}x{by_hand().size[1]}, {by_hand().counted}>"
+    assert repr(by_hand()) == "<Result in/a.jpg: 100x80, 1 green, 1 red>"
     assert repr(by_hand([])).endswith("(no detections)>")
 
 

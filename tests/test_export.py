@@ -16,6 +16,7 @@ from models.csp import TransformerBlock
 from models.shuffle import ChannelShuffle
 from models.spec import load_spec
 from models.yolo import DetectionModel
+from utils.data.scenes import render
 from utils.errors import UserError
 from utils.export import check
 from utils.export import produce as production
@@ -323,6 +324,11 @@ def test_images_of_the_check(tmp_path: Path):
     assert len(free) == 2 + 8 and len({b.shape for b in free[2:]}) > 1
     own = check_images(str(data_yaml(tmp_path, val=3)))
     assert len(own) == 3 and {max(image.shape) for image in own} == {64}
+
+
+def test_images_of_the_check_without_the_photograph(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
+    assert [image.shape for image in check_images()] == [render(seed).image.shape for seed in range(8)]
 
 
 def test_damaged_images_are_left_out_of_the_check(tmp_path: Path, capsys):

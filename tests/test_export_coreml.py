@@ -146,7 +146,7 @@ def test_a_package_that_is_not_whole(lost: str, tiny, tmp_path: Path, capfd):
 
 
 def test_one_size_only(tiny, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^coreml: a Core ML graph holds one image size; without --dynamic it may go$"):
+    with pytest.raises(UserError, match=r"^coreml: a Core ML graph holds one image size: leave out --dynamic$"):
         produce(job_of(tiny, dynamic=True), FORMATS["coreml"], tmp_path / "a", [], tiny, CPU)
     assert list(tmp_path.iterdir()) == []
 

@@ -68,7 +68,7 @@ def test_half_is_half_the_file(tiny, tmp_path: Path):
 
 
 def test_one_size_only(tiny, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^ncnn: an ncnn graph holds one image size; without --dynamic it may go$"):
+    with pytest.raises(UserError, match=r"^ncnn: an ncnn graph holds one image size: leave out --dynamic$"):
         produce(job_of(tiny, dynamic=True), FORMATS["ncnn"], tmp_path / "a", [], tiny, CPU)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.yolo import DetectionModel
 from utils.errors import UserError
+from utils.export import produce as production
 from utils.export.backends import open_network, spread
 from utils.export.check import TOLERANCES, check_batches, check_images
 from utils.export.check_final import compare_final
@@ -109,6 +110,20 @@ def test_a_network_sure_of_nothing_is_proved_below_the_threshold(kind: str, tiny
     path = produce(job_of(tiny, GraphNms(0.999, 0.45, 50)), FORMATS[kind], tmp_path / "tiny", check_images()[:2], tiny, CPU)
     assert "neither has a box above 0.999; with a lower threshold final boxes" in capfd.readouterr().out
     assert open_network(path).nms.conf_thres == 0.999 and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_fails_below_the_threshold(tiny, tmp_path: Path, monkeypatch):
+    """What is said names no file that is gone."""
+    check = production._check
+
+    def fail(job, path, *rest):
+        if job.metadata.nms.conf_thres < 0.9:
+            raise UserError(f"{path}: fails on images")
+        return check(job, path, *rest)
+
+    monkeypatch.setattr(production, "_check", fail)
+    with pytest.raises(UserError, match=r"^onnx: fails on images; kept aside as .*tiny\.mismatch\.onnx$"):
+        produce(job_of(tiny, GraphNms(0.999, 0.45, 50)), FORMATS["onnx"], tmp_path / "tiny", check_images()[:2], tiny, CPU)
 
 
 def test_formats_that_have_no_suppression(tiny, tmp_path: Path):

@@ -15,7 +15,7 @@ import detect
 import export
 import val
 from models.spec import load_spec
-from models.weights import open_weights
+from models.weights import OpenWeights, open_weights
 from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.export.backends import open_network
@@ -125,12 +125,18 @@ def test_static_files_get_squares(place: Path, capfd, monkeypatch):
         assert_scores(each, expected)
 
 
-def test_a_file_that_is_not_square_is_scored_at_its_own_size(place: Path, tmp_path: Path, capfd):
+def test_a_file_that_is_not_square_is_scored_at_its_own_size(place: Path, tmp_path: Path, capfd, monkeypatch):
+    """As the checkpoint is on images that are fitted into that."""
     (tmp_path / "tiny.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
     assert export.main([*weights(tmp_path / "tiny.pt"), "--imgsz", "64", "96"]) == 0
     wide = scores(place, tmp_path / "tiny.onnx", capfd=capfd)
-    assert export.main([*weights(tmp_path / "tiny.pt"), "--imgsz", "96", "96"]) == 0
-    assert len(wide) == len(scores(place, tmp_path / "tiny.onnx", capfd=capfd))
+
+    class Wide(OpenWeights):
+        def val_size(self, asked: int | None) -> tuple[int, int]:
+            return 64, 96
+
+    monkeypatch.setattr("models.weights.open_weights", lambda *args: Wide(**vars(dataclasses.replace(open_weights(*args), pad_stride=None))))
+    assert_scores(wide, scores(place, place / "alone" / "tiny.pt", capfd=capfd))
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -170,6 +176,7 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
     ("export", ["--include", "openvino", "ncnn", "--simplify"], "--simplify: is of --include onnx and engine: leave it out"),
     ("export", ["--int8"], r"--int8: is calibrated on the train split .* --data my_set\.yaml"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--half", "--batch", "2"], "--int8: goes without --half and --batch-size"),
+    ("export", ["--int8", "--data", "tiny_data.yaml", "--device", "7"], "--int8: goes without --device"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--imgsz", "64", "96"], "--int8: is scored on square images: --imgsz 96, a single number"),
     ("export", ["--int8", "--data", "none.yaml"], r"none\.yaml: no such data YAML"),
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),

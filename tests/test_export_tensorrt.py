@@ -199,7 +199,7 @@ def test_an_engine_without_memory(tiny, tmp_path: Path, monkeypatch):
 
 @pytest.mark.usefixtures("acted")
 def test_one_size_only(tiny, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^engine: a TensorRT engine holds one image size and batch; without --dynamic it may go$"):
+    with pytest.raises(UserError, match=r"^engine: a TensorRT engine holds one image size: leave out --dynamic$"):
         produce(job_of(tiny, dynamic=True), FORMATS["engine"], tmp_path / "a", [], tiny, CPU)
     assert list(tmp_path.iterdir()) == []
 

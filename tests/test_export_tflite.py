@@ -96,7 +96,7 @@ def test_metadata_that_is_damaged(text: str, words: str, file: Path, monkeypatch
 
 def test_one_size_only(tiny, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("utils.export.formats.pip_install", lambda packages: None)
-    with pytest.raises(UserError, match=r"^tflite: a TFLite graph holds one image size; without --dynamic it may go$"):
+    with pytest.raises(UserError, match=r"^tflite: a TFLite graph holds one image size: leave out --dynamic$"):
         produce(job_of(tiny, dynamic=True), FORMATS["tflite"], tmp_path / "a", [], tiny, CPU)
     assert list(tmp_path.iterdir()) == []
 

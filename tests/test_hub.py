@@ -338,3 +338,9 @@ def test_exported_files(place, tmp_path):
     with pytest.raises(UserError, match="takes images of 64 64 px only"):
         model(place / "a.png", size=96)
     assert open_weights(str(place / "tiny.onnx"), "", "fp32").moved("cpu").path.endswith("tiny.onnx")
+
+
+def test_opening_lays_nothing_of_the_programs_aside(place, monkeypatch):
+    """Its other threads may import meanwhile."""
+    monkeypatch.setattr(hubconf, "_own_packages", lambda: pytest.fail("laid aside"))
+    assert len(hubconf.Detector(place / "tiny.pt", "cpu")(place / "a.png", conf=0.01)[0])

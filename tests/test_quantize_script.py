@@ -99,6 +99,24 @@ def test_by_export(place: Path, tmp_path: Path, capsys, monkeypatch):
     assert export.main([*command, "onnx"]) == 0
 
 
+def test_by_export_of_a_network_of_one_class(tmp_path: Path, capsys, monkeypatch):
+    """Trained with --single-cls on data of several."""
+    needs("onnx")
+    model = tiny_model(tmp_path, names=("item",), width=16)
+    save_checkpoint(tmp_path / "best.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict()), imgsz=64))
+    data = data_yaml(tmp_path, train=9)
+    monkeypatch.setattr(quantization.Quantization, "score", lambda self, network: Scores(0.9, 0.5))
+    assert export.main(["--weights", str(tmp_path / "best.pt"), "--data", str(data), "--int8"]) == 0
+    assert "best_int8.onnx" in (said := capsys.readouterr().out) and "--single-cls" in said
+
+
+def test_a_format_of_one_size_says_so_before_anything_is_scored(place: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.export.formats.pip_install", lambda packages: None)
+    monkeypatch.setattr(quantization.Quantization, "score", lambda self, network: pytest.fail("nothing is to be scored"))
+    assert quantize.main(flags(place, "tflite", dynamic=True)) == 2
+    assert "error: tflite: a TFLite graph holds one image size: leave out --dynamic" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_a_file_that_loses_too_much_is_kept_aside(kind: str, place: Path, tmp_path: Path, capsys, monkeypatch):
     needs(kind)

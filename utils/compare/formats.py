@@ -136,9 +136,9 @@ class FormatComparison:
     def run(self) -> None:
         info(f"{self.weights.name} and {len({row.path for row in self.rows}) - 1} exported files beside it, at {self.imgsz} px; {cpu_name()}, "
              f"{cpu_threads()} threads; the processor has {cpu_int8()}")
+        squares = any([self._takes_squares_only(row) for row in self.rows])
         if self.config.data:
             (split,) = open_splits(self.config, ("val",))
-            squares = any([self._is_fixed(row) for row in self.rows])
             if squares:
                 info("scored on squares, as some of the files take nothing else: val.py's own batches of the others are padded less")
             if others := [row.name for row in self.rows if row.frame]:
@@ -161,9 +161,9 @@ class FormatComparison:
         row.frame = "" if weights.fixed in (None, (self.imgsz, self.imgsz)) else "x".join(map(str, weights.fixed))
         return weights
 
-    def _is_fixed(self, row: FormatRow) -> bool:
+    def _takes_squares_only(self, row: FormatRow) -> bool:
         with _Noted(row):
-            return self._open(row).fixed is not None
+            return self._open(row).fixed is not None and not row.frame
         return False
 
     def _size(self, weights: OpenWeights) -> int | tuple[int, int]:

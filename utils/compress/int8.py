@@ -49,9 +49,11 @@ class Quantizer(Protocol):
 
     Attributes:
         layers: those that can be int8, by the names that they have in the network.
+        weight_levels: on each side of 0.
     """
 
     layers: tuple[str, ...]
+    weight_levels: int
 
     def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
                  ranges: Mapping[str, Range] | None = None) -> None: ...
@@ -135,6 +137,10 @@ class Int8Files:
     @property
     def layers(self) -> tuple[str, ...]:
         return self._quantizer.layers
+
+    @property
+    def weight_levels(self) -> int:
+        return self._quantizer.weight_levels
 
     def write(self, kept: tuple[str, ...]) -> Path:
         """An int8 file in which these layers stay float.

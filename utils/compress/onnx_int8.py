@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.compress.calibration import CalibrationImages
-from utils.compress.rounding import SILU_FLOOR, Range, round_weight
+from utils.compress.rounding import SILU_FLOOR, WEIGHT_LEVELS, Range, round_weight
 from utils.compress.tail import find_tail, silu_inputs, with_activation
 from utils.export.converters import INPUT
 from utils.export.metadata import ExportMetadata, stamp_onnx
@@ -34,7 +34,10 @@ class OnnxQuantizer:
 
     Attributes:
         layers: those that can be int8, by the names that they have in the network, in its order.
+        weight_levels: on each side of 0.
     """
+
+    weight_levels = WEIGHT_LEVELS
 
     def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
                  ranges: Mapping[str, Range] | None = None) -> None:

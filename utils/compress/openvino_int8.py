@@ -11,7 +11,7 @@ from torch import nn
 
 from utils.compress.calibration import CalibrationImages
 from utils.compress.openvino_steps import set_steps
-from utils.compress.rounding import Range
+from utils.compress.rounding import WEIGHT_LEVELS, Range
 from utils.compress.tail import find_tail
 from utils.export.backends import find_exported
 from utils.export.metadata import ExportMetadata, stamp_openvino
@@ -24,6 +24,8 @@ _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Grou
 
 class OpenvinoQuantizer:
     """A float OpenVINO model to int8 ones that differ in which layers stay float; attributes as of OnnxQuantizer."""
+
+    weight_levels = WEIGHT_LEVELS
 
     def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
                  ranges: Mapping[str, Range] | None = None) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
@@ -44,19 +44,12 @@ class Row(NamedTuple):
 
 
 class Trained(Protocol):
-    """A checkpoint's network, such as models.weights' Trained.
-
-    Attributes:
-        path: of the checkpoint.
-        model: float32, in eval mode, on the CPU.
-        imgsz: side in pixels that it was trained for, if known.
-        int8: it was fine-tuned for int8.
-    """
+    """What models/weights.py makes of a checkpoint."""
 
     path: Path
-    model: Any
+    model: Any  # float32, in eval mode, on the CPU
     imgsz: int | None
-    int8: bool
+    int8: bool  # fine-tuned for it
 
 
 class Quantization:
@@ -72,6 +65,7 @@ class Quantization:
         imgsz = trained.model.whole_strides(config.imgsz or trained.imgsz or DEFAULT_IMGSZ)
         network = self.network = trained.model.fused().requires_grad_(False).to(memory_format=torch.channels_last)
         self.config, self.weights, self.tuned = config, trained.path, trained.int8
+        self._sensitivities: dict[int, list[Sensitivity]] = {}  # by levels
         if not is_writable(folder := self.weights.absolute().parent):
             raise UserError(f"{folder}: the int8 file is written beside the weights, and nothing may be written there: copy the checkpoint elsewhere")
         self.images = CalibrationImages.of(train, config.calib, imgsz, config.seed, config.data)
@@ -82,6 +76,8 @@ class Quantization:
 
     def run(self, kind: Format) -> bool:
         """Write the int8 file of a format; whether it loses no more than it may."""
+        if missing := kind.missing(self.job):
+            raise UserError(f"{kind.name}: {missing}")
         config, stem = self.config, self.weights.with_suffix("")
         tuned = " (fine-tuned for int8)" if self.tuned else ""
         info(f"int8: {self.weights.name}{tuned} to {kind.name}, calibrated on {len(self.images)} training images of "
@@ -97,7 +93,8 @@ class Quantization:
                 raise UserError(f"{self.weights}: its {kind.name} file has an mAP50-95 of {reference.map:.4f} before anything is rounded, where "
                                 f"PyTorch has {pytorch.map:.4f}: python export.py --weights {quoted(self.weights)} --include {kind.name} shows "
                                 "how they differ")
-            best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities])
+            levels = files.weight_levels
+            best = best_attempt(files, self.score, reference, config.max_drop, lambda: [layer for layer, _ in self.sensitivities(levels)])
             made = files.path_of[best.kept]
             timings = self._time({"PyTorch fp32": self.network, "float": self._alone(files.float_path), "int8": self._alone(made)})
             rows = [Row("PyTorch fp32", pytorch, _tensor_bytes(self.network)), Row("float", reference, size_bytes(files.float_path)),
@@ -110,7 +107,7 @@ class Quantization:
             if other.exists():
                 warn(f"{other}: is of an earlier run: not of these weights, or not of these settings")
         if config.sensitivity:
-            self._draw(stem, best)
+            self._draw(stem, best, self.sensitivities(levels))
         self._conclude(best, path, reached, f"{max(map(len, files.path_of))} of {len(files.layers)} layers")
         return reached
 
@@ -127,10 +124,11 @@ class Quantization:
         metrics = validate(network, self.loader, self.val, _CPU, torch.float32, single_cls=self.config.single_cls).metrics()
         return Scores(metrics["mAP50"], metrics["mAP50-95"])
 
-    @functools.cached_property
-    def sensitivities(self) -> list[Sensitivity]:
-        """On training images, so that validation stays a judge of what it did not choose."""
-        return layer_sensitivities(self.network, torch.from_numpy(self.images.first(_SENSITIVITY_IMAGES)))
+    def sensitivities(self, levels: int) -> list[Sensitivity]:
+        """Of weights in so many steps on each side of 0; on training images, so that validation stays a judge of what it did not choose."""
+        if levels not in self._sensitivities:
+            self._sensitivities[levels] = layer_sensitivities(self.network, torch.from_numpy(self.images.first(_SENSITIVITY_IMAGES)), levels)
+        return self._sensitivities[levels]
 
     def _alone(self, path: Path) -> Network:
         """The file as one caller runs it, with all threads."""
@@ -146,11 +144,11 @@ class Quantization:
         layouts = {name: image.contiguous(memory_format=torch.channels_last) if name == "PyTorch fp32" else image for name in networks}
         return time_interleaved({name: run(network, layouts[name]) for name, network in networks.items()}, _ROUNDS, budget_s=_SECONDS)
 
-    def _draw(self, stem: Path, best: Attempt) -> None:
+    def _draw(self, stem: Path, best: Attempt, sensitivities: Sequence[Sensitivity]) -> None:
         spreadsheet, picture = (stem.with_name(f"{stem.name}_int8_sensitivity{ending}") for ending in (".csv", ".png"))
-        write_sensitivities(spreadsheet, self.sensitivities, best.kept)
+        write_sensitivities(spreadsheet, sensitivities, best.kept)
         order = {name: n for n, (name, _) in enumerate(self.network.named_modules())}
-        bars = sorted(self.sensitivities, key=lambda sensitivity: order[sensitivity.layer])
+        bars = sorted(sensitivities, key=lambda sensitivity: order[sensitivity.layer])
         draw_sensitivities(picture, bars, best.kept, f"{self.weights.name}: one layer in int8 at a time")
         info(f"sensitivity of each layer: {spreadsheet} and .png")
 

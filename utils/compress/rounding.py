@@ -1,6 +1,6 @@
 """A network that computes in float as int8 files of it will: the same values, and gradients that pass straight through.
 
-Weights: 64 steps on each side of 0, by output channel; both runtimes' files use 7 of the 8 bits (onnx_int8.py says why). What a layer reads: 256
+Weights: 64 steps on each side of 0, by output channel; ONNX and OpenVINO files use 7 of the 8 bits (onnx_int8.py says why). What a layer reads: 256
 values between the extremes that were seen on the calibration images, one of them 0. Jacob et al., Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference (CVPR 2018); the gradient is 1 within the range and 0 outside, as if nothing had been rounded: the
 straight-through estimator of Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (2013).

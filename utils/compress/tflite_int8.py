@@ -28,6 +28,8 @@ _ACTIVATIONS = {"LOGISTIC", "MUL", "RELU", "HARD_SWISH", "ADD", "DIV", "TANH", "
 class TfliteQuantizer:
     """A float TFLite file, calibrated once, to int8 files that differ in which layers stay float; attributes as of OnnxQuantizer."""
 
+    weight_levels = 127
+
     def __init__(self, source: Path, network: nn.Module, images: CalibrationImages, folder: Path,
                  ranges: Mapping[str, Range] | None = None) -> None:
         """

@@ -60,6 +60,7 @@ class Format:
     suppresses: can hold non-maximum suppression in its graph.
     advice: how to install its packages.
     needs_gpu: to write and to run it.
+    static: what holds one image size, of a format that can't be dynamic.
     elsewhere: why it is not written here, or can't run and so not prove itself, and the way there.
     """
 
@@ -71,14 +72,17 @@ class Format:
     suppresses: bool = False
     advice: str = ""
     needs_gpu: bool = False
+    static: str = ""
     elsewhere: str = ""
 
     def missing(self, job: ExportJob | None = None) -> str | None:
-        """Which pip install it lacks, or why it is not written here; None where all is there.
+        """Which pip install it lacks, or why it can't be written so or here; None where all is there.
 
         Args:
             job: what it is to write, which may need a package more.
         """
+        if job and job.metadata.dynamic and self.static:
+            return f"{self.static} holds one image size: leave out --dynamic"
         if self.write is None:
             return f"not written here: {self.elsewhere}"
         if self.needs_gpu and not torch.cuda.is_available():
@@ -101,8 +105,6 @@ def write_onnx(job: ExportJob, path: Path) -> None:
 
 
 def write_engine(job: ExportJob, path: Path) -> None:
-    if job.metadata.dynamic:
-        raise UserError("a TensorRT engine holds one image size and batch")
     with TemporaryDirectory() as folder:
         onnx_path = Path(folder) / "network.onnx"
         write_onnx(job, onnx_path)
@@ -121,8 +123,6 @@ def write_openvino(job: ExportJob, folder: Path) -> None:
 
 
 def write_ncnn(job: ExportJob, folder: Path) -> None:
-    if job.metadata.dynamic:
-        raise UserError("an ncnn graph holds one image size")
     _tell_batch(job, "an ncnn graph")
     stem = folder / Path(job.metadata.source).stem
     to_ncnn(InferenceGraph(job.network), job.example()[:1], *(Path(f"{stem}{ending}") for ending in NCNN_FILES), half=job.half)
@@ -134,15 +134,11 @@ def write_torchscript(job: ExportJob, path: Path) -> None:
 
 
 def write_tflite(job: ExportJob, path: Path) -> None:
-    if job.metadata.dynamic:
-        raise UserError("a TFLite graph holds one image size")
     to_tflite(InferenceGraph(job.network), job.example(), path, half=job.half)
     append_trailer(path, job.metadata)
 
 
 def write_coreml(job: ExportJob, folder: Path) -> None:
-    if job.metadata.dynamic:
-        raise UserError("a Core ML graph holds one image size")
     _tell_batch(job, "a Core ML graph")
     to_coreml(InferenceGraph(job.network, half=job.half), job.example()[:1], folder, job.metadata.to_props())
 
@@ -157,13 +153,13 @@ FORMATS = {
     for format in (
         Format("onnx", ("onnx", "onnxruntime"), ".onnx", False, write_onnx, suppresses=True),
         Format("openvino", ("openvino",), OPENVINO_SUFFIX, True, write_openvino, suppresses=True),
-        Format("ncnn", ("ncnn", "pnnx"), NCNN_SUFFIX, True, write_ncnn),
+        Format("ncnn", ("ncnn", "pnnx"), NCNN_SUFFIX, True, write_ncnn, static="an ncnn graph"),
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
-        Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite,
+        Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite, static="a TFLite graph",
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
-        Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml,
+        Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml, static="a Core ML graph",
                elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
-        Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine, needs_gpu=True,
+        Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine, needs_gpu=True, static="a TensorRT engine",
                advice=" (tensorrt-cu12 in tensorrt's place where the driver knows CUDA 12 at most)"),
     )
 }

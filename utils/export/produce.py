@@ -64,11 +64,20 @@ def produce(job: ExportJob, kind: Format, stem: Path, images: Sequence[np.ndarra
 def _named_errors(job: ExportJob, kind: Format, path: Path) -> Iterator[None]:
     """The format before what is wrong, and not the name that its file has meanwhile."""
     try:
+        with _unnamed(path):
+            yield
+    except UserError as reason:
+        hint = "; without --dynamic it may go" if job.metadata.dynamic and not str(reason).startswith("--") else ""
+        raise UserError(f"{kind.name}: {reason}{hint}") from reason
+
+
+@contextmanager
+def _unnamed(path: Path) -> Iterator[None]:
+    """Leave a name out of what is wrong that is soon gone."""
+    try:
         yield
     except UserError as error:
-        reason = re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))
-        hint = "; without --dynamic it may go" if job.metadata.dynamic and not reason.startswith("--") else ""
-        raise UserError(f"{kind.name}: {reason}{hint}") from error
+        raise UserError(re.sub(rf"{re.escape(str(path))}\S*: ", "", str(error))) from error
 
 
 def _write(job: ExportJob, kind: Format, path: Path, device: torch.device) -> None:
@@ -98,8 +107,9 @@ def _check_below(job: ExportJob, kind: Format, images: Sequence[np.ndarray], ref
         if kind.is_folder:
             path.mkdir()
         lowered = dataclasses.replace(job, metadata=metadata)
-        _write(lowered, kind, path, device)
-        agreement = _check(lowered, path, images, reference, device, smaller)
+        with _unnamed(path):
+            _write(lowered, kind, path, device)
+            agreement = _check(lowered, path, images, reference, device, smaller)
     return dataclasses.replace(agreement, what=f"neither has a box above {job.metadata.nms.conf_thres:g}; with a lower threshold final boxes")
 
 
