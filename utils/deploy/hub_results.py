@@ -109,7 +109,10 @@ class HubResults:
             Image.fromarray(image).show()
 
     def save(self, labels: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False) -> Path:
-        """Write each image with its boxes into a new folder, `save_dir` or the first free of its name and a number, which it returns; `ims` too."""
+        """Write each image with its boxes into a new folder, `save_dir` or the first free of its name and a number; returns it.
+
+        `ims` have the boxes then, too.
+        """
         self.render(labels)
         return self._write(save_dir, exist_ok, Outputs(style=Style(labels=labels)))
 
