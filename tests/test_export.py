@@ -27,10 +27,11 @@ from utils.export.formats import FORMATS, ExportJob, choose_formats
 from utils.export.graph import InferenceGraph, decode_maps
 from utils.export.metadata import KEY, ExportMetadata, foreign_facts, metadata_from_props, openvino_props, stamp_onnx, stamp_openvino
 from utils.export.produce import produce
+from utils.extras import is_installed
 from utils.signals import keep_signal_stack
 
 CPU = torch.device("cpu")
-FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
+FLEXIBLE = ("onnx", "openvino", "torchscript", *["mnn"] * is_installed("MNN"))  # take any image size; test_export_ncnn.py has another
 META = ExportMetadata(("red", "a 'quoted' \"<é>\"\n & 名"), (8, 16, 32), 64, (64, 96), True, ((1.5, 2.25, 0.1, 1 / 3),) * 3, "fp16", "my best.pt")
 
 

@@ -24,12 +24,13 @@ from utils.export.converters import to_onnx
 from utils.export.formats import FORMATS, ExportJob
 from utils.export.graph import InferenceGraph
 from utils.export.metadata import KEY, ExportMetadata, stamp_onnx
+from utils.extras import is_installed
 from utils.files import ROOT
 from utils.network import TorchRunner, to_input
 
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
-FLEXIBLE = ("onnx", "openvino", "torchscript")  # take any image size; test_export_ncnn.py has the other
+FLEXIBLE = ("onnx", "openvino", "torchscript", *["mnn"] * is_installed("MNN"))  # take any image size; test_export_ncnn.py has another
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.onnx", "mine.pt"]
 
 
-@pytest.mark.parametrize("name", ["edgetpu", "mnn"])
+@pytest.mark.parametrize("name", ["edgetpu", "executorch"])
 def test_formats_of_other_machines(name: str, place: Path, tmp_path: Path, capfd):
     (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
     assert export.main([*weights(tmp_path / "mine.pt"), "--include", name, "torchscript"]) == 1

@@ -19,7 +19,7 @@ from utils.export.formats import FORMATS
 from utils.extras import is_installed
 from utils.files import ROOT
 
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "ncnn": "ncnn", "tflite": "ai_edge_litert"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "ncnn": "ncnn", "tflite": "ai_edge_litert", "mnn": "MNN"}
 ON_A_BOARD = """
 import json, sys
 for package in ("torch", "torchvision", "matplotlib", "pycocotools", "thop", "scipy", "pandas"):

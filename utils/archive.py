@@ -132,7 +132,8 @@ _MAGIC = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"\x89PNG", "a PNG image"),
 )
-_SUFFIXES = {".onnx": "an ONNX network", ".engine": "a TensorRT engine", ".tflite": "a TFLite network", ".xml": "an OpenVINO network"}
+_SUFFIXES = {".onnx": "an ONNX network", ".engine": "a TensorRT engine", ".tflite": "a TFLite network", ".mnn": "an MNN network",
+             ".xml": "an OpenVINO network"}
 
 
 def _check_kind(path: Path) -> None:

@@ -124,8 +124,8 @@ class TrainConfig(DataOptions, NewRun):
 
 @dataclass(frozen=True)
 class InferenceOptions(NewRun):
-    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx, .torchscript, .tflite or .engine file, *_openvino_model, *_ncnn_model "
-                              "or *.mlpackage folder", required=True)
+    weights: str = option("", "checkpoint (.pt of ours or of YOLOv5), .onnx, .torchscript, .tflite, .mnn or .engine file, *_openvino_model, "
+                              "*_ncnn_model or *.mlpackage folder", required=True)
     augment: bool = option(False, "test-time augmentation: three scales, one flipped")
     half: bool = option(False, "fp16 (CUDA); the same as --precision fp16")
     save_txt: bool = option(False, "write labels/NAME.txt for each image")
@@ -174,7 +174,7 @@ class DetectConfig(InferenceOptions):
 @dataclass(frozen=True)
 class ExportConfig(DataRoot, Blocks):
     weights: str = option("", "checkpoint (.pt of ours or of YOLOv5)", required=True)
-    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino ncnn torchscript tflite coreml engine", nargs="+", type=str)
+    include: tuple[str, ...] = option(("onnx",), "formats: onnx openvino ncnn torchscript tflite mnn coreml engine", nargs="+", type=str)
     imgsz: tuple[int, ...] | None = _height_and_width()
     batch_size: int = option(1, "images a batch, where not --dynamic", check=POSITIVE, aliases=("--batch",))
     dynamic: bool = option(False, "a graph for any batch and image size; else for these alone")

@@ -13,7 +13,8 @@ from utils.boxes import Array, xyxy_to_cxcywh
 from utils.cpu import cpu_threads, images_at_once
 from utils.errors import UserError, short_reason
 from utils.export.coreml import MLPACKAGE_SUFFIX, CoremlSession
-from utils.export.metadata import FOREIGN_KEYS, KEY, foreign_facts, metadata_from_props, tells_final_boxes
+from utils.export.metadata import KEY, foreign_facts, metadata_from_props, props_from_content, tells_final_boxes
+from utils.export.mnn import MNN_SUFFIX, MnnSession
 from utils.export.ncnn import NCNN_GRAPH, NCNN_SUFFIX, NcnnSession
 from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.export.tensorrt import ENGINE_SUFFIX, EngineSession
@@ -173,6 +174,8 @@ def open_network(
     if found.suffix == ENGINE_SUFFIX:
         session = EngineSession(found, device)
         return ExportedNetwork(found, session, names, device=session.device)
+    if found.suffix == MNN_SUFFIX:
+        return ExportedNetwork(found, MnnSession(found, threads), names)
     if found.name.endswith(NCNN_GRAPH):
         return ExportedNetwork(found, NcnnSession(found, threads, at_once), names, at_once)
     session = OpenvinoSession(found, threads, at_once, bf16)
@@ -193,8 +196,8 @@ def _to_input(images: np.ndarray) -> np.ndarray:
 def is_exported(path: str | Path) -> bool:
     """By its name alone: whether `open_network` is the one to ask."""
     path = Path(path)
-    suffixes = ".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX, MLPACKAGE_SUFFIX, ENGINE_SUFFIX, OPENVINO_SUFFIX, NCNN_SUFFIX, NCNN_GRAPH
-    return path.name.endswith(suffixes)
+    files = ".onnx", ".xml", TORCHSCRIPT_SUFFIX, TFLITE_SUFFIX, MNN_SUFFIX, ENGINE_SUFFIX, NCNN_GRAPH
+    return path.name.endswith((*files, OPENVINO_SUFFIX, NCNN_SUFFIX, MLPACKAGE_SUFFIX))
 
 
 def needs_torch(path: str | Path) -> bool:
@@ -208,7 +211,7 @@ def needs_gpu(path: str | Path) -> bool:
 
 
 def find_exported(path: str | Path) -> Path:
-    """The .onnx, .torchscript, .tflite, .engine, .xml or .ncnn.param file, or the .mlpackage folder; of another folder the .xml or .ncnn.param in it.
+    """The file itself, or the .mlpackage folder; of another folder the .xml or .ncnn.param file in it.
 
     Raises:
         UserError: there is none.
@@ -230,7 +233,7 @@ def _beside(xml: Path) -> dict[str, str]:
     """What can be told from the YAML that YOLOv5 writes beside its OpenVINO models."""
     files = sorted(xml.parent.glob("*.yaml"))
     content = read_yaml(files[0]) if len(files) == 1 else {}
-    return {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
+    return props_from_content(content)
 
 
 def _image_shape(path: Path, shape: Shape | None) -> tuple[int | None, int | None, int | None]:

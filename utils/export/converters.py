@@ -1,10 +1,11 @@
-"""A network's graph out of PyTorch: to an ONNX, TorchScript or TFLite file, an OpenVINO, ncnn or Core ML model, traced on one batch of images."""
+"""A network's graph out of PyTorch: to an ONNX, TorchScript, TFLite or MNN file or an OpenVINO, ncnn or Core ML model, traced on a few images."""
 from __future__ import annotations
 
 import copy
 import io
 import json
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,6 +188,27 @@ def to_coreml(network: nn.Module, images: Tensor, folder: Path, texts: Mapping[s
         package.save(str(folder))
     for path in (folder, *folder.rglob("*")):  # it makes some for their owner alone
         path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+_CONVERT_TO_MNN = "import json, sys, _tools; _tools.mnnconvert(json.load(sys.stdin))"
+
+
+def to_mnn(onnx_path: Path, path: Path, text: str, *, half: bool = False) -> None:
+    """Write an ONNX file as an MNN file, for any batch and image size if the ONNX file is, with a text for its user; half stores weights in fp16.
+
+    By the part of MNN's Python package that converts, not by the program `mnnconvert` that it brings nor its `MNN.tools`: these install another
+    package and report name, size and machine of what is converted to MNN's makers. In a process of its own, which what it can't convert may end.
+
+    Raises:
+        RuntimeError: MNN can't convert it.
+    """
+    command = ["mnnconvert", "-f", "ONNX", "--modelFile", str(onnx_path.resolve()), "--MNNModel", str(path.resolve()), "--bizCode", text,
+               *["--fp16"] * half]
+    run = subprocess.run([sys.executable, "-c", _CONVERT_TO_MNN], cwd=onnx_path.parent, input=json.dumps(command), capture_output=True, text=True,
+                         errors="replace")
+    if run.returncode or not path.is_file():
+        said = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
+        raise RuntimeError(f"MNN's converter ends with {run.returncode}: {(said or ['it says nothing'])[-1]}")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a network can be exported to: for each format its packages, its file's name and its writer. A new format is a new row."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from utils.errors import UserError
 from utils.export.backends import OPENVINO_SUFFIX
-from utils.export.converters import to_coreml, to_ncnn, to_onnx, to_openvino, to_tflite, to_torchscript
+from utils.export.converters import to_coreml, to_mnn, to_ncnn, to_onnx, to_openvino, to_tflite, to_torchscript
 from utils.export.coreml import MLPACKAGE_SUFFIX, RUNS_HERE
 from utils.export.graph import Detector, InferenceGraph
 from utils.export.metadata import ExportMetadata, stamp_onnx, stamp_openvino
+from utils.export.mnn import MNN_SUFFIX
 from utils.export.ncnn import NCNN_FILES, NCNN_SUFFIX, write_ncnn_metadata
 from utils.export.suppression import suppress_in_onnx, suppress_in_openvino
 from utils.export.tensorrt import ENGINE_SUFFIX, build_engine
@@ -129,6 +131,13 @@ def write_ncnn(job: ExportJob, folder: Path) -> None:
     write_ncnn_metadata(folder, job.metadata)
 
 
+def write_mnn(job: ExportJob, path: Path) -> None:
+    with TemporaryDirectory() as folder:
+        onnx_path = Path(folder) / "network.onnx"
+        to_onnx(InferenceGraph(job.network), job.example(), onnx_path, dynamic=job.metadata.dynamic)
+        to_mnn(onnx_path, path, json.dumps(job.metadata.to_content()), half=job.half)
+
+
 def write_torchscript(job: ExportJob, path: Path) -> None:
     to_torchscript(InferenceGraph(job.network, half=job.half), job.example(), path, job.metadata)
 
@@ -157,6 +166,7 @@ FORMATS = {
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
         Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite, static="a TFLite graph",
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
+        Format("mnn", ("MNN",), MNN_SUFFIX, False, write_mnn),
         Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml, static="a Core ML graph",
                elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
         Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine, needs_gpu=True, static="a TensorRT engine",
@@ -169,7 +179,6 @@ _ELSEWHERE = {  # formats whose tools or runtimes don't fit beside PyTorch here,
     **dict.fromkeys(("saved_model", "pb", "tfjs"), "export onnx, and convert that with onnx2tf, in an environment with TensorFlow"),
     "edgetpu": "Coral's edgetpu_compiler takes int8 TFLite files: export onnx, and there onnx2tf -i best.onnx -oiqt",
     "executorch": "its exporter wants an environment with a PyTorch of its own; on phones tflite and ncnn run",
-    "mnn": "export onnx, and there MNNConvert -f ONNX --modelFile best.onnx --MNNModel best.mnn (pip install MNN)",
     "paddle": "export onnx, and convert that with X2Paddle, in an environment with PaddlePaddle",
 }
 

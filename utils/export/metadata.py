@@ -88,6 +88,10 @@ class ExportMetadata:
         own = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
         return {KEY: own, "names": repr(dict(enumerate(self.names))), "stride": str(self.max_stride)}
 
+    def to_content(self) -> dict[str, Any]:
+        """As a mapping for YAML or JSON, with names, stride and image size where other programs look for them."""
+        return {"names": dict(enumerate(self.names)), "stride": self.max_stride, "imgsz": list(self.imgsz), KEY: json.loads(self.to_props()[KEY])}
+
 
 def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata | None:
     """The metadata that `to_props` made; None where there is none, as in the files of other projects.
@@ -114,6 +118,15 @@ def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata
         raise UserError(f"{origin}: its metadata's {' and '.join(wrong)} can't be understood: {_MEND}")
     nms = content.pop("nms", None)
     return ExportMetadata(**{name: _tuples(content[name]) for name in _WELL_FORMED if name != "nms"}, nms=nms and GraphNms(**nms))
+
+
+def props_from_content(content: Mapping[str, Any]) -> dict[str, str]:
+    """The text by key of what `to_content` made, or another project; JSON has numbers that are keys as text."""
+    names = content.get("names")
+    if isinstance(names, dict):
+        content = content | {"names": {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}}
+    props = {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
+    return props | ({KEY: json.dumps(content[KEY])} if KEY in content else {})
 
 
 def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:

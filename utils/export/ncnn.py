@@ -1,14 +1,13 @@
 """ncnn models: a folder of graph, weights and the YAML that says what they are; run by ncnn's Python package."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.errors import UserError
-from utils.export.metadata import FOREIGN_KEYS, KEY, metadata_from_props
+from utils.export.metadata import metadata_from_props, props_from_content
 from utils.export.sessions import Shape
 from utils.extras import import_extra
 from utils.files import read_yaml, write_yaml
@@ -24,10 +23,8 @@ _INPUT, _OUTPUT = "in0", "out0"  # as pnnx names them
 
 
 def write_ncnn_metadata(folder: Path, metadata: ExportMetadata) -> None:
-    """Beside the model: our own text as plain YAML, with names, stride and image size where other programs look for them."""
-    content = {"names": dict(enumerate(metadata.names)), "stride": metadata.max_stride, "imgsz": list(metadata.imgsz),
-               KEY: json.loads(metadata.to_props()[KEY])}
-    write_yaml(folder / _METADATA, content)
+    """Beside the model."""
+    write_yaml(folder / _METADATA, metadata.to_content())
 
 
 class NcnnSession:
@@ -43,9 +40,7 @@ class NcnnSession:
         if not weights.is_file():
             raise UserError(f"{path}: its weights {weights.name} are missing: keep the two files together")
         content = _beside(path)
-        self.props = {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
-        if KEY in content:
-            self.props[KEY] = json.dumps(content[KEY])
+        self.props = props_from_content(content)
         metadata = metadata_from_props(self.props, str(path.with_name(_METADATA)))
         precision = metadata.precision if metadata else "fp32"
         self.inputs, self.outputs = _shape(path, content), (None, None, None)
