@@ -70,8 +70,8 @@ def test_a_tiny_networks_formats(tmp_path: Path, monkeypatch, capsys):
     write("onnx", "best.onnx", dynamic=True)
     write("onnx", "best_nms.onnx", nms=GraphNms(0.25, 0.45, 100))
     write("onnx", "best_wide.onnx", size=(32, 64))
-    others = {kind: f"best{FORMATS[kind].suffix}" for kind, needs in (("torchscript", "torch"), ("openvino", "openvino"), ("ncnn", "pnnx"))
-              if is_installed(needs)}
+    needs = {"torchscript": "torch", "openvino": "openvino", "ncnn": "pnnx", "mnn": "MNN"}
+    others = {kind: f"best{FORMATS[kind].suffix}" for kind, package in needs.items() if is_installed(package)}
     for kind, file in others.items():
         write(kind, file, "fp16" if kind == "openvino" else "fp32")
     (tmp_path / "best_cut.onnx").write_bytes((tmp_path / "best.onnx").read_bytes()[:1000])
