@@ -22,7 +22,7 @@ def job_of(network: DetectionModel, imgsz: tuple[int, int] = (64, 96), precision
     return ExportJob(network, ExportMetadata.of(network, imgsz, dynamic=dynamic, precision=precision, source="tiny.pt"), batch_size=2)
 
 
-def assert_exports(cfg: str, folder: Path, kind: str) -> None:
+def assert_exports(cfg: str, folder: Path, kind: str, rtol: float = 1e-3) -> None:
     """export.py's own proof holds, and so does a comparison with the same network, lively."""
     sow(cfg)
     model = DetectionModel(load_spec(cfg, nc=3))
@@ -33,7 +33,7 @@ def assert_exports(cfg: str, folder: Path, kind: str) -> None:
     save_checkpoint(folder / "own.pt", Checkpoint(model.spec.to_dict(), model.names, dict(model.state_dict())))
     assert export.main(["--weights", str(folder / "own.pt"), "--include", kind, "--imgsz", str(side)]) == 0
     images = torch.rand(1, 3, side, side)
-    torch.testing.assert_close(open_network(folder / f"own{FORMATS[kind].suffix}")(images), own.decode(own(images)), rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(open_network(folder / f"own{FORMATS[kind].suffix}")(images), own.decode(own(images)), rtol=rtol, atol=5e-3)
 
 
 def assert_cut_off_is_told(file: Path, share: float, words: str, capfd: pytest.CaptureFixture[str]) -> None:
