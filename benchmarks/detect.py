@@ -65,7 +65,7 @@ MODES = {
     "ONNX Runtime int8": Mode("_int8.onnx", "fp32"),
     "OpenVINO fp32": Mode("_openvino_model", "fp32"),
     "OpenVINO bf16": Mode("_openvino_model", "bf16"),
-    "OpenVINO int8": Mode("_int8_openvino_model", "fp32"),
+    "OpenVINO int8": Mode("_int8_openvino_model", "auto"),
 }
 
 

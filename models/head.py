@@ -46,10 +46,10 @@ class Detect(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         maps = []
         for conv, x in zip(self.m, features, strict=True):
-            y = conv(x)
-            batch, _, height, width = y.shape
-            # A view, not a copy: for channels-last maps the last axis is already contiguous.
-            maps.append(y.view(batch, self.num_anchors, 5 + self.nc, height, width).permute(0, 1, 3, 4, 2))
+            cells = conv(x).permute(0, 2, 3, 1)
+            # Views, not copies, by way of (B, H, W, A, 5 + nc): so channels-last maps lie in memory, PyTorch's and those of runtimes, where decoding
+            # undoes the last permutation and then moves nothing.
+            maps.append(cells.view(*cells.shape[:3], self.num_anchors, 5 + self.nc).permute(0, 3, 1, 2, 4))
         return maps
 
     def set_strides(self, strides: Sequence[int]) -> None:
