@@ -99,8 +99,8 @@ def _check_idle(config: ExportConfig, formats: Collection[str]) -> None:
         UserError: naming the first.
     """
     of_nms = [name for name in ("conf_thres", "iou_thres", "max_det") if not config.nms]
-    of_onnx = [name for name in ("simplify", "opset") if not {"onnx", "engine"}.intersection(formats)]
-    for names, of in ((of_nms, "--nms, which puts suppression into the graph"), (of_onnx, "--include onnx and engine")):
+    of_onnx = [name for name in ("simplify", "opset") if not {"onnx", "mnn", "engine"}.intersection(formats)]
+    for names, of in ((of_nms, "--nms, which puts suppression into the graph"), (of_onnx, "--include onnx, mnn and engine")):
         for name in names:
             if getattr(config, name) != getattr(ExportConfig, name):
                 raise UserError(f"--{name.replace('_', '-')}: is of {of}: leave it out")

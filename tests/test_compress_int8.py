@@ -392,6 +392,6 @@ def test_a_network_that_the_quantizer_refuses(made, monkeypatch):
 
 
 def test_which_formats_have_a_quantizer():
-    assert FORMATS.keys() - QUANTIZERS.keys() == {"ncnn", "torchscript", "coreml", "engine"} and QUANTIZERS.keys() <= FORMATS.keys()
+    assert FORMATS.keys() - QUANTIZERS.keys() == {"ncnn", "torchscript", "mnn", "coreml", "engine"} and QUANTIZERS.keys() <= FORMATS.keys()
     field = next(f for f in dataclasses.fields(QuantizeConfig) if f.name == "to")
     assert set(field.metadata["argparse"]["choices"]) == QUANTIZERS.keys()

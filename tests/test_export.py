@@ -228,7 +228,8 @@ def altered(**fields: object) -> str:
     (altered(names=[]), "names"), (altered(names=[1]), "names"), (altered(strides=[8, -1], imgsz=[64]), "strides and imgsz"),
     (altered(strides=[8, 2048]), "strides"), (altered(imgsz=[64, 9e9]), "imgsz"), (altered(imgsz=[64, 16416]), "imgsz"),
     (altered(dynamic=1), "dynamic"), (altered(anchors=[[1, "2"]]), "anchors"),
-    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"),
+    (altered(float_layers=None), "float_layers"), (altered(anchors=[[1, float("nan")]]), "anchors"), (altered(anchors=[[10**400, 1]]), "anchors"),
+    (altered(names=["red", "\ud800"]), "names"),
     (altered(precision="fp8"), "precision"), (altered(source="gone"), "source"),
 ])  # fmt: skip
 def test_damaged_metadata(text: str, words: str):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,31 @@ def test_a_size_that_is_not_in_whole_strides(tiny, tmp_path: Path):
     assert weights.image_size(None) == weights.image_size((100,)) == (100, 100) and weights.val_size(None) == 100
     with pytest.raises(UserError, match="takes images of 100 100 px only"):
         weights.image_size((96,))
+
+
+def test_names_that_are_no_literal(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx", names=f"1{'0' * 400}+1j")
+    with pytest.raises(UserError, match="tells no class names"):
+        open_network(path)
+
+
+def test_a_graph_without_outputs(tiny, tmp_path: Path):
+    path = without_metadata(tiny, tmp_path / "a.onnx", names="['red', 'green']")
+    model = onnx.load(path)
+    del model.graph.output[:]
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"its output is \?|can't load it"):
+        open_network(path)
+
+
+def test_a_name_that_is_no_utf8(files, tmp_path: Path):
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.onnx"))
+    try:
+        path.write_bytes(files["onnx static"].read_bytes())
+    except OSError:
+        pytest.skip("no such names on this file system")
+    with pytest.raises(UserError, match="name is no UTF-8: rename it"):
+        open_network(path)
 
 
 def test_a_file_without_names(tiny, tmp_path: Path):

@@ -104,6 +104,8 @@ def test_files_cut_off(share: float, file: Path, capfd):
     ({KEY: None}, None), ({KEY: None, "names": None}, "tells no class names"), ({KEY: [1]}, f"its metadata {KEY} can't be read"),
     ({KEY: None, "names": {"0": "a", "1": "b", "2": "c"}}, "of its 3 classes has images x boxes x 8"),
     ({KEY: None, "end2end": True}, "suppressed in another project's way"), ("MNN", "tells no class names"), ("[1]", "tells no class names"),
+    ("[" * 100_000, "tells no class names"), ({KEY: None, "names": {"0" * 5000: "a", "1": "b"}}, "tells no class names"),
+    ({KEY: None, "names": {"0": "a", "2": "b"}}, "tells no class names"), ({KEY: None, "names": ["a", "\ud800"]}, "tells no class names"),
 ])  # fmt: skip
 def test_what_it_says_of_itself(change: dict | str, words: str | None, tiny, tmp_path: Path):
     """Of files of other projects too, which keep their YAML's content there as JSON."""
@@ -116,6 +118,36 @@ def test_what_it_says_of_itself(change: dict | str, words: str | None, tiny, tmp
     else:
         with pytest.raises(UserError, match=words):
             open_network(path)(torch.rand(2, 3, 64, 96))
+
+
+def test_text_that_is_no_utf8(file: Path):
+    """MNN's own reader of it ends the process."""
+    content = file.read_bytes()
+    assert content.count(b'"red"') == 2  # for other programs, and in ours
+    file.write_bytes(content.replace(b'"red"', b'"r\xffd"'))
+    with pytest.raises(UserError, match="tells no class names"):
+        open_network(file)
+
+
+def test_each_free_side_by_itself(tiny, tmp_path: Path):
+    """Of another project's file: free sides do not make its batch free."""
+    job = job_of(tiny, dynamic=True)
+    to_onnx(InferenceGraph(tiny), job.example()[:1], tmp_path / "a.onnx", dynamic=True)
+    for text, batch in ((json.dumps(job.metadata.to_content()), None), (json.dumps({"names": ["a", "b"]}), 1)):
+        to_mnn(tmp_path / "a.onnx", tmp_path / "a.mnn", text)
+        network = open_network(tmp_path / "a.mnn")
+        assert (network.batch, network.fixed) == (batch, None) and network(torch.rand(2, 3, 32, 64)).shape[0] == 2
+
+
+def test_a_full_disk(file: Path, tiny, tmp_path: Path, monkeypatch):
+    """The converter itself writes what has room and is content."""
+    def no_room(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    to_onnx(InferenceGraph(tiny), job_of(tiny).example(), tmp_path / "a.onnx")
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        to_mnn(tmp_path / "a.onnx", tmp_path / "b.mnn", "")
 
 
 def test_another_network(tiny, tmp_path: Path):

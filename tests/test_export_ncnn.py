@@ -1,6 +1,7 @@
 """ncnn models: what the network finds, in ncnn's own runtime; and every way in which such a folder can be wrong."""
 from __future__ import annotations
 
+import datetime
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def test_files_cut_off(name: str, share: float, folder: Path, capfd):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({KEY: None}, None), ({KEY: None, "names": None}, "tells no class names"), ({"imgsz": [64]}, r"metadata\.yaml: its imgsz is no"),
-    ({"imgsz": "64"}, "imgsz is no"), ({KEY: [1]}, f"its metadata {KEY} can't be read"), ({KEY: {}}, "can't be read"),
+    ({"imgsz": "64"}, "imgsz is no"), ({"imgsz": [32, 96]}, rf"metadata\.yaml: its imgsz and that in its {KEY} differ"),
+    ({KEY: {"names": [datetime.date(2026, 1, 1)]}}, "can't be read"), ({KEY: [1]}, f"its metadata {KEY} can't be read"), ({KEY: {}}, "can't be read"),
 ])  # fmt: skip
 def test_what_lies_beside_it(change: dict, words: str | None, folder: Path):
     content = yaml.safe_load((folder / "metadata.yaml").read_text()) | change

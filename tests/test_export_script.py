@@ -173,7 +173,7 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(("script", "flags", "words"), [
     ("export", ["--include", "onnx", "onx"], "--include onx: no such format; did you mean onnx"),
     ("export", ["--conf", "0.5"], "--conf-thres: is of --nms, .*: leave it out"),
-    ("export", ["--include", "openvino", "ncnn", "--simplify"], "--simplify: is of --include onnx and engine: leave it out"),
+    ("export", ["--include", "openvino", "ncnn", "--simplify"], "--simplify: is of --include onnx, mnn and engine: leave it out"),
     ("export", ["--int8"], r"--int8: is calibrated on the train split .* --data my_set\.yaml"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--half", "--batch", "2"], "--int8: goes without --half and --batch-size"),
     ("export", ["--int8", "--data", "tiny_data.yaml", "--device", "7"], "--int8: goes without --device"),

@@ -48,6 +48,15 @@ def test_what_the_file_finds(file: Path, tiny):
         assert archive.read("labels.txt") == b"red\ngreen\n"
 
 
+def test_a_thread_after_the_file_is_gone(file: Path):
+    """The file is read once: whatever is under its name later is of another network."""
+    network, images = open_network(file), torch.rand(2, 3, 64, 96)
+    expected = network(images)
+    file.write_bytes(b"another export")
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(network, images).result(), expected)
+
+
 def test_threads_share_a_network(file: Path, tiny, monkeypatch):
     monkeypatch.setattr(backends, "cpu_threads", lambda: 3)
     network = open_network(file, at_once=3)

@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 
-from utils.log import silent_libraries
+import pytest
+
+from utils.log import no_output, silent_libraries
 
 
 def test_two_threads_leave_the_programs_logging_as_it_was():
@@ -31,3 +35,14 @@ def test_two_threads_leave_the_programs_logging_as_it_was():
     for thread in threads:
         thread.join()
     assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize(("descriptor", "name"), [(1, "stdout"), (2, "stderr")])
+def test_a_program_without_streams(descriptor: int, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """A service's are None; what its descriptors are by then is its own."""
+    with no_output(descriptor):
+        os.write(descriptor, b"hidden")
+    monkeypatch.setattr(sys, name, None)
+    with no_output(descriptor):
+        os.write(descriptor, b"its own")
+    assert "".join(capfd.readouterr()) == "its own"

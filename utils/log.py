@@ -47,6 +47,9 @@ def no_output(descriptor: int) -> Iterator[None]:
     """Nothing on stdout (1) or stderr (2): what C libraries write past Python's own streams, and what others print."""
     with _laying_aside:
         stream, redirect = {1: (sys.stdout, redirect_stdout), 2: (sys.stderr, redirect_stderr)}[descriptor]
+        if stream is None:  # closed, as in a service: whatever file has this number now is another's
+            yield
+            return
         stream.flush()
         kept = os.dup(descriptor)
         try:

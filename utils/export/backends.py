@@ -20,7 +20,7 @@ from utils.export.sessions import OnnxSession, OpenvinoSession, Session, Shape
 from utils.export.tensorrt import ENGINE_SUFFIX, EngineSession
 from utils.export.tflite import TFLITE_SUFFIX, TfliteSession
 from utils.export.torchscript import TORCHSCRIPT_SUFFIX, TorchscriptSession
-from utils.files import ROOT, find_file, read_yaml
+from utils.files import ROOT, find_file, is_text, read_yaml
 
 _USUAL_STRIDE = 32  # of a network that doesn't tell
 OPENVINO_SUFFIX = "_openvino_model"
@@ -161,6 +161,8 @@ def open_network(
         UserError: no such file, its runtime is not installed, or it is no whole detector.
     """
     found = find_exported(path)
+    if not is_text(str(found)):
+        raise UserError(f"{found}: runtimes open no file whose name is no UTF-8: rename it")
     threads = cpu_threads()
     at_once = min(at_once or images_at_once(threads), threads)
     if found.suffix == ".onnx":

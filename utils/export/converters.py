@@ -202,13 +202,16 @@ def to_mnn(onnx_path: Path, path: Path, text: str, *, half: bool = False) -> Non
     Raises:
         RuntimeError: MNN can't convert it.
     """
-    command = ["mnnconvert", "-f", "ONNX", "--modelFile", str(onnx_path.resolve()), "--MNNModel", str(path.resolve()), "--bizCode", text,
-               *["--fp16"] * half]
-    run = subprocess.run([sys.executable, "-c", _CONVERT_TO_MNN], cwd=onnx_path.parent, input=json.dumps(command), capture_output=True, text=True,
-                         errors="replace")
-    if run.returncode or not path.is_file():
-        said = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
-        raise RuntimeError(f"MNN's converter ends with {run.returncode}: {(said or ['it says nothing'])[-1]}")
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "network.mnn"
+        command = ["mnnconvert", "-f", "ONNX", "--modelFile", str(onnx_path.resolve()), "--MNNModel", str(made), "--bizCode", text]
+        command += ["--fp16"] * half
+        run = subprocess.run([sys.executable, "-c", _CONVERT_TO_MNN], cwd=folder, input=json.dumps(command), capture_output=True, text=True,
+                             errors="replace")
+        if run.returncode or not made.is_file():
+            said = [line for line in f"{run.stdout}\n{run.stderr}".splitlines() if line.strip()]
+            raise RuntimeError(f"MNN's converter ends with {run.returncode}: {(said or ['it says nothing'])[-1]}")
+        path.write_bytes(made.read_bytes())  # the converter does not tell that the disk is full
 
 
 @torch.no_grad()

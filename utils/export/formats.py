@@ -96,14 +96,18 @@ class Format:
 
 
 def write_onnx(job: ExportJob, path: Path) -> None:
-    graph = InferenceGraph(job.network, half=job.half)
+    _write_bare_onnx(job, path, job.half)
+    stamp_onnx(path, job.metadata)
+
+
+def _write_bare_onnx(job: ExportJob, path: Path, half: bool = False) -> None:
+    graph = InferenceGraph(job.network, half=half)
     to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
     if job.metadata.nms:
         suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
     if job.simplify:
         onnx = import_extra("onnx")
         onnx.save(import_extra("onnxslim").slim(onnx.load(str(path))), str(path))
-    stamp_onnx(path, job.metadata)
 
 
 def write_engine(job: ExportJob, path: Path) -> None:
@@ -134,7 +138,7 @@ def write_ncnn(job: ExportJob, folder: Path) -> None:
 def write_mnn(job: ExportJob, path: Path) -> None:
     with TemporaryDirectory() as folder:
         onnx_path = Path(folder) / "network.onnx"
-        to_onnx(InferenceGraph(job.network), job.example(), onnx_path, dynamic=job.metadata.dynamic)
+        _write_bare_onnx(job, onnx_path)
         to_mnn(onnx_path, path, json.dumps(job.metadata.to_content()), half=job.half)
 
 
@@ -166,7 +170,7 @@ FORMATS = {
         Format("torchscript", (), TORCHSCRIPT_SUFFIX, False, write_torchscript),
         Format("tflite", ("litert_torch", "ai_edge_litert"), TFLITE_SUFFIX, False, write_tflite, static="a TFLite graph",
                advice=" beside requirements.txt in an environment of its own, as it wants an older PyTorch, and export there"),
-        Format("mnn", ("MNN",), MNN_SUFFIX, False, write_mnn),
+        Format("mnn", ("MNN", "onnx"), MNN_SUFFIX, False, write_mnn),
         Format("coreml", ("coremltools",), MLPACKAGE_SUFFIX, True, write_coreml, static="a Core ML graph",
                elsewhere="" if RUNS_HERE else "Core ML runs, and so the file can prove itself, on a Mac only: repeat the command there"),
         Format("engine", ("tensorrt", "onnx"), ENGINE_SUFFIX, False, write_engine, needs_gpu=True, static="a TensorRT engine",

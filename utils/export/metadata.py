@@ -4,7 +4,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.extras import import_extra
+from utils.files import is_text
 from utils.nms import NmsOptions
 
 if TYPE_CHECKING:
@@ -123,10 +123,10 @@ def metadata_from_props(props: Mapping[str, str], origin: str) -> ExportMetadata
 def props_from_content(content: Mapping[str, Any]) -> dict[str, str]:
     """The text by key of what `to_content` made, or another project; JSON has numbers that are keys as text."""
     names = content.get("names")
-    if isinstance(names, dict):
-        content = content | {"names": {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}}
+    if isinstance(names, dict) and names.keys() == {str(n) for n in range(len(names))}:
+        content = content | {"names": [names[str(n)] for n in range(len(names))]}
     props = {key: repr(content[key]) for key in FOREIGN_KEYS if key in content}
-    return props | ({KEY: json.dumps(content[KEY])} if KEY in content else {})
+    return props | ({KEY: json.dumps(content[KEY], default=str)} if KEY in content else {})
 
 
 def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
@@ -134,7 +134,7 @@ def foreign_facts(props: Mapping[str, str]) -> tuple[tuple[str, ...], int | None
     names, stride = _literal(props.get("names")), _literal(props.get("stride"))
     if isinstance(names, dict):
         names = [names.get(n) for n in range(len(names))]
-    found = tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
+    found = tuple(names) if isinstance(names, list | tuple) and all(map(_is_name, names)) else ()
     return found, stride if _is_stride(stride) else None
 
 
@@ -167,7 +167,7 @@ def openvino_props(model: openvino.Model) -> dict[str, str]:
 def _literal(text: str | None) -> Any:
     try:
         return ast.literal_eval(text or "None")
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         return None
 
 
@@ -179,6 +179,10 @@ def _is_list(value: Any, check: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(check, value))
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and is_text(value)
+
+
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value <= _LARGEST_SIDE
 
@@ -188,7 +192,7 @@ def _is_stride(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value <= _LARGEST_SIDE
 
 
 def _is_nms(value: Any) -> bool:
@@ -198,7 +202,7 @@ def _is_nms(value: Any) -> bool:
 
 
 _WELL_FORMED = {
-    "names": lambda v: _is_list(v, lambda name: isinstance(name, str)),
+    "names": lambda v: _is_list(v, _is_name),
     "strides": lambda v: _is_list(v, _is_stride),
     "max_stride": _is_stride,
     "imgsz": lambda v: _is_list(v, _is_size) and len(v) == 2,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ _INPUT, _OUTPUT = "images", "output0"  # as in the ONNX files that MNN's are mad
 class MnnSession:
     """An MNN file on the CPU, for one caller at a time on all threads: its Python package keeps Python's own lock while it computes.
 
-    What an fp16 file holds is computed in fp16 where the processor can, as MNN does by default; anything else in fp32.
+    What an fp16 file holds is computed in fp16 where the processor can (MNN's precision "low"); anything else in fp32.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -29,16 +30,16 @@ class MnnSession:
             self._mnn = import_extra("MNN")
             self._turn = threading.Lock()
             try:
-                module = self._load(path, threads, "high")
                 images = self._mnn.expr.load_as_dict(str(path))[_INPUT].shape
-            except (KeyError, RuntimeError, SystemError):
+                self.props = _props(_own_text(path.read_bytes()))
+                metadata = metadata_from_props(self.props, str(path))
+                precision = metadata.precision if metadata else "fp32"
+                self._module = self._load(path, threads, "low" if precision == "fp16" else "high")
+            except (KeyError, RuntimeError, SystemError, struct.error):
                 raise UserError(f"{path}: MNN can't load it, it may be cut off or no MNN file of a detector, from {_INPUT} to {_OUTPUT}") from None
-            self.props = _props(module.get_info()["bizCode"])
-            metadata = metadata_from_props(self.props, str(path))
-            precision = metadata.precision if metadata else "fp32"
-            self._module = self._load(path, threads, "low") if precision == "fp16" else module
-        free = any(side <= 0 for side in images)
-        self.inputs: Shape | None = (None, images[1], None, None) if free and len(images) == 4 else tuple(images)
+        sides = tuple(side if side > 0 else None for side in images)
+        # MNN tells a free batch as one image: where the others are free it is too, in our own files.
+        self.inputs: Shape | None = (None, *sides[1:]) if metadata and metadata.dynamic else sides
         self.outputs: Shape | None = (None, None, None)
         self.dtype = np.dtype(np.float32)
         self.description = f"MNN {self._mnn.version()}, {precision}, {threads} threads"
@@ -57,10 +58,22 @@ class MnnSession:
             return boxes[0].read().copy()  # the next images are computed into the same memory
 
 
-def _props(text: str) -> dict[str, str]:
+def _own_text(graph: bytes) -> bytes:
+    """The bizCode of a FlatBuffers file that MNN can load: the first field of its root table. MNN's own reader of it ends the process where a
+    byte is no UTF-8."""
+    (root,) = struct.unpack_from("<I", graph)
+    vtable = root - struct.unpack_from("<i", graph, root)[0]
+    (field,) = struct.unpack_from("<H", graph, vtable + 4)
+    if not field:
+        return b""
+    start = root + field + struct.unpack_from("<I", graph, root + field)[0] + 4
+    return graph[start : start + struct.unpack_from("<I", graph, start - 4)[0]]
+
+
+def _props(text: bytes) -> dict[str, str]:
     """Of the JSON object that export.py, and other projects, keep there."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     return props_from_content(content) if isinstance(content, dict) else {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.errors import UserError
-from utils.export.metadata import metadata_from_props, props_from_content
+from utils.export.metadata import KEY, metadata_from_props, props_from_content
 from utils.export.sessions import Shape
 from utils.extras import import_extra
 from utils.files import read_yaml, write_yaml
@@ -44,6 +44,9 @@ class NcnnSession:
         metadata = metadata_from_props(self.props, str(path.with_name(_METADATA)))
         precision = metadata.precision if metadata else "fp32"
         self.inputs, self.outputs = _shape(path, content), (None, None, None)
+        if metadata and metadata.imgsz != self.inputs[2:]:  # ncnn itself would compute on, outside of its memory
+            raise UserError(f"{path.with_name(_METADATA)}: its imgsz and that in its {KEY} differ: it was edited, or is of another export; the graph "
+                            "holds one size: export again")
         self.dtype = np.dtype(np.float32)
         self._net = ncnn.Net()
         self._net.opt.num_threads = max(threads // at_once, 1)

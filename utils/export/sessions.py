@@ -51,10 +51,10 @@ class OnnxSession:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of the parser, the checker or a kernel: of any kind
             raise UserError(f"{path}: ONNX Runtime can't load it, it may be cut off or no ONNX file: {short_reason(error)}") from None
-        inputs, boxes = self._session.get_inputs(), self._session.get_outputs()[0]
-        images = inputs[0] if len(inputs) == 1 else None
-        self._names = images and images.name, boxes.name
-        self.inputs, self.outputs = images and _onnx_shape(images), _onnx_shape(boxes)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        images, boxes = inputs[0] if len(inputs) == 1 else None, outputs[0] if outputs else None
+        self._names = images and images.name, boxes and boxes.name
+        self.inputs, self.outputs = images and _onnx_shape(images), boxes and _onnx_shape(boxes)
         self.dtype = np.dtype(np.float16 if images and images.type == "tensor(float16)" else np.float32)
         self.props = dict(self._session.get_modelmeta().custom_metadata_map)
         self.description = f"ONNX Runtime {onnxruntime.__version__}, {threads} threads"

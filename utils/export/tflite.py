@@ -24,7 +24,7 @@ class TfliteSession:
     def __init__(self, path: Path, threads: int, at_once: int) -> None:
         litert = import_extra("ai_edge_litert")
         self._new = import_extra("ai_edge_litert.interpreter").Interpreter
-        self._path, self._threads, self._own = path, max(threads // at_once, 1), threading.local()
+        self._content, self._threads, self._own = path.read_bytes(), max(threads // at_once, 1), threading.local()
         self.props = _props(path)
         try:
             with no_output(2):  # it tells of its kernels, once a process
@@ -39,7 +39,7 @@ class TfliteSession:
 
     def _interpreter(self) -> Any:
         if not hasattr(self._own, "interpreter"):
-            self._own.interpreter = self._new(model_path=str(self._path), num_threads=self._threads)
+            self._own.interpreter = self._new(model_content=self._content, num_threads=self._threads)
             self._own.interpreter.allocate_tensors()
         return self._own.interpreter
 

@@ -1,6 +1,7 @@
 """Metadata behind a compiled graph, as a zip archive at its file's end: who reads the graph does not see the archive, nor the other way round."""
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
 from pathlib import Path
@@ -40,6 +41,6 @@ def read_trailer(path: Path) -> Trailer | None:
             entry = archive.getinfo(METADATA)
             if entry.file_size <= _MOST_BYTES:
                 return Trailer({KEY: archive.read(entry).decode()}, min(each.header_offset for each in archive.infolist()))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError):
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError):
         pass
     return None
