@@ -70,6 +70,9 @@ class OpenWeights(OpenNetwork):
         return TorchRunner(self.network, self.device, self.dtype) if by_torch else self.network
 
     def augmented(self) -> OpenWeights:
+        if self.fixed:
+            raise UserError(f"{self.path}: --augment looks at images in three sizes, and it takes {'x'.join(map(str, self.fixed))} px only: "
+                            "export it with --dynamic, or use the checkpoint")
         return dataclasses.replace(self, network=Augmented(self.network))
 
     def computing(self, precision: PrecisionName) -> OpenWeights:

@@ -124,10 +124,10 @@ def test_a_static_file_takes_its_own_size_only(name: str, files):
         network(torch.rand(1, 3, 96, 64))
     weights = open_weights(str(files[f"{name} static"]), "", "fp32")
     assert weights.image_size(None) == weights.image_size((64, 96)) == weights.image_size((60, 90)) == (64, 96)
-    with pytest.raises(UserError, match=r"takes images of 64 96 px only: leave out --imgsz, or export it with --imgsz 128 128 or --dynamic"):
+    with pytest.raises(UserError, match=r"takes images of 64x96 px only: leave out --imgsz, or export it with --imgsz 128 128 or --dynamic"):
         weights.image_size((128,))
     assert weights.val_size(None) == (64, 96)
-    with pytest.raises(UserError, match=r"takes images of 64 96 px only: leave out --imgsz"):
+    with pytest.raises(UserError, match=r"takes images of 64x96 px only: leave out --imgsz"):
         weights.val_size(96)
 
 
@@ -185,7 +185,7 @@ def test_a_size_that_is_not_in_whole_strides(tiny, tmp_path: Path):
     to_onnx(InferenceGraph(tiny), torch.zeros(1, 3, 100, 100), tmp_path / "a.onnx", opset=17)
     weights = open_weights(str(tmp_path / "a.onnx"), "", "fp32", str(tmp_path / "my.yaml"))
     assert weights.image_size(None) == weights.image_size((100,)) == (100, 100) and weights.val_size(None) == 100
-    with pytest.raises(UserError, match="takes images of 100 100 px only"):
+    with pytest.raises(UserError, match="takes images of 100x100 px only"):
         weights.image_size((96,))
 
 

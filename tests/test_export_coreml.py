@@ -100,7 +100,7 @@ def test_it_takes_the_paths_of_a_checkpoint(tiny, tmp_path: Path, capfd):
     np.testing.assert_allclose(found.conf, own.conf, atol=1e-4)
     np.testing.assert_allclose(found.xyxy, own.xyxy, atol=1e-2)
     assert val.main(["--weights", str(file), "--data", "coco128.yaml", "--imgsz", "96"]) == 2
-    assert "takes images of 64 64 px only" in capfd.readouterr().err
+    assert "takes images of 64x64 px only" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("mac")

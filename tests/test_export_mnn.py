@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.weights import open_weights
 from models.yolo import DetectionModel
 from utils.errors import UserError
-from utils.export import converters
+from utils.export import backends, converters
 from utils.export.backends import is_exported, open_network
 from utils.export.check import check_images
 from utils.export.converters import to_mnn, to_onnx
@@ -51,12 +51,15 @@ def test_earlier_boxes_stay(file: Path):
     assert (network(torch.rand(2, 3, 64, 96).numpy()) != first).any() and (first == kept).all()
 
 
-def test_half_is_half_the_file(tiny, tmp_path: Path):
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3)])
+def test_half_is_half_the_file(cores: int, threads: int, tiny, tmp_path: Path, monkeypatch):
+    """One core is left alone."""
+    monkeypatch.setattr(backends, "cpu_threads", lambda: cores)
     sizes = []
     for precision in ("fp32", "fp16"):
         path = produce(job_of(tiny, (64, 64), precision), FORMATS["mnn"], tmp_path / precision, check_images()[:2], tiny, CPU)
         sizes.append(path.stat().st_size)
-        assert f", {precision}, " in open_network(path).description
+        assert open_network(path).description.endswith(f"fp32, {threads} threads" if precision == "fp32" else f", {threads} threads, fp16 file")
     weights = sum(module.weight.numel() for module in tiny.modules() if isinstance(module, nn.Conv2d))
     assert sizes[0] - sizes[1] > 1.8 * weights
 

@@ -182,8 +182,9 @@ def test_a_file_without_names_takes_those_of_the_data(place: Path, tmp_path: Pat
     ("export", ["--weights", "none.pt"], r"none\.pt: no such weights"),
     ("export", ["--data", "none.yaml"], r"none\.yaml: no such data YAML"),
     ("export", ["--weights", "static/tiny.onnx"], r"tiny\.onnx: is exported, perhaps int8 already: name the checkpoint"),
-    ("val", ["--weights", "static/tiny.onnx", "--imgsz", "96"], "takes images of 64 64 px only: leave out --imgsz"),
-    ("detect", ["--weights", "static/tiny.onnx", "--imgsz", "64", "96"], "takes images of 64 64 px only"),
+    ("detect", ["--weights", "static/tiny.onnx", "--augment"], r"--augment looks at images in three sizes, and it takes 64x64 px only: .*--dynamic"),
+    ("val", ["--weights", "static/tiny.onnx", "--imgsz", "96"], "takes images of 64x64 px only: leave out --imgsz"),
+    ("detect", ["--weights", "static/tiny.onnx", "--imgsz", "64", "96"], "takes images of 64x64 px only"),
     ("detect", ["--weights", "half.onnx"], r"half\.onnx: .*cut off"), ("detect", ["--weights", "none_openvino_model"], "no such exported network"),
     ("detect", ["--weights", "static/tiny.onnx", "--classes", "2"], "--classes 2"),
     ("detect", ["--weights", "static/tiny.onnx", "--device", "0"], r"--device 0: .*runs on the CPU"),
@@ -199,6 +200,14 @@ def test_mistakes_are_one_line(script: str, flags: list[str], words: str, place:
     error = [line for line in capfd.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert len(error) == 1 and re.search(rf"^error: .*{words}", error[0]), error
     assert [p.name for p in (place / "alone").iterdir()] == ["tiny.pt"]
+
+
+@pytest.mark.parametrize("opset", ["99", "3"])
+def test_an_opset_that_nobody_writes(opset: str, place: Path, tmp_path: Path, capfd):
+    (tmp_path / "mine.pt").write_bytes((place / "alone" / "tiny.pt").read_bytes())
+    assert export.main([*weights(tmp_path / "mine.pt"), "--opset", opset]) == 1
+    assert re.fullmatch(rf"error: onnx: --opset {opset}: PyTorch's exporters write another one .*\n", capfd.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.pt"]
 
 
 def test_one_format_fails_and_the_other_is_done(place: Path, tmp_path: Path, monkeypatch, capfd):

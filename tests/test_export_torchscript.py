@@ -162,7 +162,7 @@ def test_no_other_device_and_no_other_size(file: Path):
         open_weights(str(file), "0", "fp32")
     weights = open_weights(str(file), "", "fp32")
     assert (weights.fixed, weights.names) == ((64, 96), ("red", "green")) and weights.description.startswith("TorchScript")
-    with pytest.raises(UserError, match="takes images of 64 96 px only"):
+    with pytest.raises(UserError, match="takes images of 64x96 px only"):
         weights.image_size((128,))
 
 

@@ -335,7 +335,7 @@ def test_exported_files(place, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-3)
     with pytest.raises(UserError, match="runs on the CPU"):
         model.cuda()
-    with pytest.raises(UserError, match="takes images of 64 64 px only"):
+    with pytest.raises(UserError, match="takes images of 64x64 px only"):
         model(place / "a.png", size=96)
     assert open_weights(str(place / "tiny.onnx"), "", "fp32").moved("cpu").path.endswith("tiny.onnx")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 from utils.errors import UserError, short_reason
+from utils.threads import waiting_politely
 
 
 def is_installed(package: str) -> bool:
@@ -28,14 +29,15 @@ def forbid_telemetry() -> None:
 
 
 def import_extra(package: str) -> ModuleType:
-    """An optional package, which reports its use to nobody; it must not be imported in any other way.
+    """An optional package, which reports its use to nobody, and whose idle threads sleep; it must not be imported in any other way.
 
     Raises:
         UserError: it is not installed.
     """
     forbid_telemetry()
     try:
-        return importlib.import_module(package)
+        with waiting_politely():
+            return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise

@@ -55,7 +55,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
             return error
         return None
 
-    with quiet(), _plain_attention(), FreeAttention():
+    with quiet(), _plain_attention(), FreeAttention(), silent_libraries():
         axes = {INPUT: _FREE, OUTPUT: {0: "batch", 1: "boxes"}} if dynamic else None
         older = export(dynamic_axes=axes, dynamo=False)
         if older is None:

@@ -103,6 +103,8 @@ def write_onnx(job: ExportJob, path: Path) -> None:
 def _write_bare_onnx(job: ExportJob, path: Path, half: bool = False) -> None:
     graph = InferenceGraph(job.network, half=half)
     to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
+    if job.opset and job.opset not in (entry.version for entry in import_extra("onnx").load(str(path)).opset_import if not entry.domain):
+        raise UserError(f"--opset {job.opset}: PyTorch's exporters write another one in its place: leave it out, or ask for one that they know")
     if job.metadata.nms:
         suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
     if job.simplify:

@@ -20,7 +20,10 @@ _INPUT, _OUTPUT = "images", "output0"  # as in the ONNX files that MNN's are mad
 
 
 class MnnSession:
-    """An MNN file on the CPU, for one caller at a time on all threads: its Python package keeps Python's own lock while it computes.
+    """An MNN file on the CPU, for one caller at a time: its Python package keeps Python's own lock while it computes.
+
+    One core is left for whatever else runs: MNN's threads spin while they wait for each other, and beside a single busy process an image took ten
+    times as long on all cores as on one (docs/deploy.md).
 
     What an fp16 file holds is computed in fp16 where the processor can (MNN's precision "low"); anything else in fp32.
     """
@@ -29,6 +32,7 @@ class MnnSession:
         with no_output(1), no_output(2):  # it tells of the processor and of its errors
             self._mnn = import_extra("MNN")
             self._turn = threading.Lock()
+            threads = max(threads - 1, 1)
             try:
                 images = self._mnn.expr.load_as_dict(str(path))[_INPUT].shape
                 self.props = _props(_own_text(path.read_bytes()))
@@ -42,7 +46,7 @@ class MnnSession:
         self.inputs: Shape | None = (None, *sides[1:]) if metadata and metadata.dynamic else sides
         self.outputs: Shape | None = (None, None, None)
         self.dtype = np.dtype(np.float32)
-        self.description = f"MNN {self._mnn.version()}, {precision}, {threads} threads"
+        self.description = f"MNN {self._mnn.version()}, {'fp32, ' * (precision == 'fp32')}{threads} threads"
 
     def _load(self, path: Path, threads: int, precision: str) -> Any:
         options = {"backend": "CPU", "numThread": threads, "precision": precision}

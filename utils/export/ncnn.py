@@ -57,7 +57,7 @@ class NcnnSession:
             failed = self._net.load_param(str(path)) or self._net.load_model(str(weights))
         if failed or _INPUT not in self._net.input_names() or _OUTPUT not in self._net.output_names():
             raise UserError(f"{path}: ncnn can't load it, it or {weights.name} may be cut off or no ncnn model of pnnx")
-        self.description = f"ncnn {ncnn.__version__}, {precision}, {threads} threads"
+        self.description = f"ncnn {ncnn.__version__}, {'fp32, ' * (precision == 'fp32')}{threads} threads"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return np.stack([self._run(image) for image in images])

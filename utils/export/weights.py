@@ -74,8 +74,8 @@ class OpenNetwork:
             return self.fixed
         size = tuple(math.ceil(side / self.max_stride) * self.max_stride for side in (height, width))
         if self.fixed and size != self.fixed:
-            own, wanted = (" ".join(map(str, sides)) for sides in (self.fixed, size))
-            raise UserError(f"{self.path}: takes images of {own} px only: leave out --imgsz, or export it with --imgsz {wanted} or --dynamic")
+            raise UserError(f"{self.path}: takes images of {'x'.join(map(str, self.fixed))} px only: leave out --imgsz, or export it with "
+                            f"--imgsz {' '.join(map(str, size))} or --dynamic")
         return size
 
     def tell_limits(self, options: NmsOptions) -> None:
