@@ -23,7 +23,6 @@ from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
 from utils.files import ROOT, only_writer
-from utils.threads import wait_politely
 
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -236,15 +235,6 @@ def test_help_needs_no_torch(script: str) -> None:
     code = f"import sys, {script}\ntry: {script}.main(['--help'])\nexcept SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--weights" in done.stdout, done.stderr
-
-
-def test_wait_politely_leaves_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    wait_politely()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    wait_politely()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
 def start(argv: list[str], **options: object) -> subprocess.Popen:
