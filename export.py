@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.cpu import keep_freed_memory
     from utils.device import select_device
     from utils.export.check import check_images
-    from utils.export.formats import ExportJob, choose_formats
+    from utils.export.formats import FORMATS, ExportJob, choose_formats
     from utils.export.metadata import ExportMetadata, GraphNms
     from utils.export.produce import produce
     from utils.log import info
 
     keep_freed_memory()
     formats = choose_formats(config.include)
-    _check_idle(config, [kind.name for kind in formats])
+    _check_idle(config, [kind.name for kind in formats], [kind.name for kind in FORMATS.values() if kind.by_onnx])
     if config.int8:
         settings = _int8_settings(config)
         load_plugin(config.plugin)
@@ -92,15 +92,19 @@ def _one_by_one(formats: Iterable[Format], write: Callable[[Format], bool]) -> i
     return 1 if failed else 0
 
 
-def _check_idle(config: ExportConfig, formats: Collection[str]) -> None:
+def _check_idle(config: ExportConfig, formats: Collection[str], by_onnx: Sequence[str]) -> None:
     """Refuse flags that would change nothing.
+
+    Args:
+        formats: that are asked for.
+        by_onnx: all that are ONNX files or made of them.
 
     Raises:
         UserError: naming the first.
     """
     of_nms = [name for name in ("conf_thres", "iou_thres", "max_det") if not config.nms]
-    of_onnx = [name for name in ("simplify", "opset") if not {"onnx", "mnn", "engine"}.intersection(formats)]
-    for names, of in ((of_nms, "--nms, which puts suppression into the graph"), (of_onnx, "--include onnx, mnn and engine")):
+    of_onnx = [name for name in ("simplify", "opset") if not set(by_onnx).intersection(formats)]
+    for names, of in ((of_nms, "--nms, which puts suppression into the graph"), (of_onnx, f"--include {', '.join(by_onnx[:-1])} and {by_onnx[-1]}")):
         for name in names:
             if getattr(config, name) != getattr(ExportConfig, name):
                 raise UserError(f"--{name.replace('_', '-')}: is of {of}: leave it out")

@@ -200,7 +200,7 @@ def test_a_graph_without_outputs(tiny, tmp_path: Path):
     model = onnx.load(path)
     del model.graph.output[:]
     onnx.save(model, path)
-    with pytest.raises(UserError, match=r"its output is \?|can't load it"):
+    with pytest.raises(UserError, match=r"its output is \?, where"):
         open_network(path)
 
 

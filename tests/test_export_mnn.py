@@ -52,14 +52,18 @@ def test_earlier_boxes_stay(file: Path):
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3)])
-def test_half_is_half_the_file(cores: int, threads: int, tiny, tmp_path: Path, monkeypatch):
-    """One core is left alone."""
+def test_one_core_is_left_alone(cores: int, threads: int, file: Path, monkeypatch):
     monkeypatch.setattr(backends, "cpu_threads", lambda: cores)
+    assert open_network(file).description.endswith(f", fp32, {threads} threads")
+
+
+def test_half_is_half_the_file(tiny, tmp_path: Path):
     sizes = []
     for precision in ("fp32", "fp16"):
         path = produce(job_of(tiny, (64, 64), precision), FORMATS["mnn"], tmp_path / precision, check_images()[:2], tiny, CPU)
         sizes.append(path.stat().st_size)
-        assert open_network(path).description.endswith(f"fp32, {threads} threads" if precision == "fp32" else f", {threads} threads, fp16 file")
+        found = open_network(path).description
+        assert found.endswith(" threads, fp16 file") if precision == "fp16" else ", fp32, " in found and found.endswith(" threads")
     weights = sum(module.weight.numel() for module in tiny.modules() if isinstance(module, nn.Conv2d))
     assert sizes[0] - sizes[1] > 1.8 * weights
 
@@ -167,4 +171,4 @@ def test_another_network(tiny, tmp_path: Path):
 def test_every_yaml(cfg: str, tmp_path: Path):
     if "timm" in cfg:
         pytest.importorskip("timm")
-    assert_exports(cfg, tmp_path, "mnn", rtol=1e-2)  # its GELU is 0.0005 off, and Swin has many
+    assert_exports(cfg, tmp_path, "mnn", rtol=1e-2 if "swin" in cfg else 1e-3)  # its GELU is 0.0005 off, and Swin has many

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from utils.errors import error_lines
+from utils.errors import UserError, error_lines
 from utils.export.metadata import CONFIG, KEY, ExportMetadata
 from utils.extras import import_extra, is_installed
 from utils.log import no_output, silent_libraries
@@ -42,6 +42,7 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
 
     Raises:
         RuntimeError: neither exporter knows what the network does.
+        UserError: neither exporter writes this opset.
     """
     network = _channels_first(network)
 
@@ -66,6 +67,9 @@ def to_onnx(network: nn.Module, images: Tensor, path: Path, *, dynamic: bool = F
         newer = export(dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False)
         if newer:
             raise RuntimeError(f"PyTorch's two exporters fail: {error_lines(older)[0]}; {error_lines(newer.__cause__ or newer)[0]}") from newer
+    written = [entry.version for entry in import_extra("onnx").load(str(path)).opset_import if not entry.domain]
+    if opset and opset not in written:  # it only logs that it has written another
+        raise UserError(f"--opset {opset}: PyTorch's exporters write {written[0]} in its place: leave it out, or ask for one that they know")
 
 
 def to_openvino(network: nn.Module, images: Tensor, *, dynamic: bool = False) -> openvino.Model:

@@ -77,6 +77,11 @@ class Format:
     static: str = ""
     elsewhere: str = ""
 
+    @property
+    def by_onnx(self) -> bool:
+        """Is an ONNX file, or is made of one: --opset and --simplify are its own too."""
+        return "onnx" in self.packages
+
     def missing(self, job: ExportJob | None = None) -> str | None:
         """Which pip install it lacks, or why it can't be written so or here; None where all is there.
 
@@ -90,7 +95,7 @@ class Format:
         if self.needs_gpu and not torch.cuda.is_available():
             return ("not written here: it is built on the NVIDIA GPU that it is for: repeat the command there, or export onnx, and there "
                     "trtexec --onnx=best.onnx --saveEngine=best.engine")
-        more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and "onnx" in self.packages}
+        more = {"onnx": job and job.metadata.nms and self.suppresses, "onnxslim": job and job.simplify and self.by_onnx}
         command = pip_install(dict.fromkeys((*self.packages, *(package for package, needed in more.items() if needed))))
         return command and f"{command}{self.advice}"
 
@@ -103,8 +108,6 @@ def write_onnx(job: ExportJob, path: Path) -> None:
 def _write_bare_onnx(job: ExportJob, path: Path, half: bool = False) -> None:
     graph = InferenceGraph(job.network, half=half)
     to_onnx(graph, job.example(), path, dynamic=job.metadata.dynamic, opset=job.opset)
-    if job.opset and job.opset not in (entry.version for entry in import_extra("onnx").load(str(path)).opset_import if not entry.domain):
-        raise UserError(f"--opset {job.opset}: PyTorch's exporters write another one in its place: leave it out, or ask for one that they know")
     if job.metadata.nms:
         suppress_in_onnx(path, len(job.metadata.names), job.metadata.nms)
     if job.simplify:
